@@ -1,0 +1,206 @@
+"""Plan → proven, tagged image: fetch, base, engine, proof, and only then the tags."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from builder import base as bases
+from builder import proof
+from builder.base import BaseImage
+from builder.engines import Steps
+from builder.engines.docker import DockerEngine
+from builder.errors import DiskError, TorchyardError
+from builder.index import Index, Progress
+from builder.render import Plan
+from builder.store import Store
+
+# What a build through BuildKit needs, as multiples of its wheels' size. Measured on the 2.8.0+cu128 cell; see
+# docs/measurements.md. At the peak BuildKit holds the wheels, the installed tree twice (its own and the image's) and
+# the compressed layer; afterwards the installed tree once and the layer.
+PEAK = 6.8
+KEPT = 3.5
+MARGIN_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """A cell that is done: an image in the engine, proven and tagged."""
+
+    id: str
+    digest: str
+    size_bytes: int
+    seconds: float
+    engine: str
+    proven: bool
+    tags: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a cell: an image or the reason why there is none."""
+
+    plan: Plan
+    image: Image | None = None
+    error: TorchyardError | None = None
+    removed: bool = False
+    """Whether the image was taken out of the engine again to make room."""
+
+
+class Reporter(Protocol):
+    """Shows what a build is doing."""
+
+    def transfers(self, title: str) -> AbstractContextManager[Progress]:
+        """Show transfers while the context is open."""
+
+    def steps(self, title: str) -> AbstractContextManager[Steps]:
+        """Show an engine's steps while the context is open."""
+
+    def say(self, text: str) -> None:
+        """Say one thing."""
+
+
+def fetch(plans: Iterable[Plan], index: Index, store: Store, report: Reporter) -> None:
+    """Bring every locked file of the plans into the store."""
+    plans = tuple(plans)
+    wheels = {wheel.sha256: wheel.wanted(plan.cell) for plan in plans for wheel in plan.lock.wheels}
+    locks = {plan.base_lock.digest: plan.base_lock for plan in plans if plan.base_lock is not None}
+    missing = [file for file in wheels.values() if not store.has(file.sha256, size=file.size)]
+    if missing:
+        size = sum(file.size or 0 for file in missing)
+        _require(store.root, size + MARGIN_BYTES, f"fetch {len(missing)} wheels ({_gb(size)})")
+        with report.transfers(f"wheels · {len(missing)} of {len(wheels)}, {_gb(size)}") as progress:
+            index.fetch_all(missing, store, progress)
+    for lock in locks.values():
+        if any(not store.has(deb.sha256) for deb in lock.debs):
+            with report.transfers(f"base {lock.suite} · {len(lock.debs)} Debian packages") as progress:
+                bases.fetch(lock, store, _one_file(progress))
+
+
+def base_of(plan: Plan, store: Store, report: Reporter) -> BaseImage | None:
+    """Make the plan's bootstrap base, or take it from the store; None if the plan starts from a registry image."""
+    if plan.base_lock is None:
+        return None
+    with report.transfers(f"base {plan.base_lock.suite}") as progress:
+        return bases.make(plan.base_lock, store, _one_file(progress))
+
+
+def _one_file(progress: Progress) -> bases.Progress:
+    """Show what a base reports (what, bytes done, bytes in all) as the transfer of one file."""
+    seen = 0
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal seen
+        progress.start("base", total, 0)
+        progress.advance(what, done - seen)
+        seen = done
+
+    return report
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _require(directory: Path, size: float, purpose: str) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise DiskError(
+            f"not enough disk to {purpose}",
+            where=str(directory),
+            why=f"about {_gb(size)} are needed, {_gb(free)} are free",
+            tries=(
+                "free some space: docker image prune, docker buildx prune",
+                "build fewer cells at a time",
+                "set TORCHYARD_HOME to a directory on a larger disk",
+            ),
+        )
+
+
+class Session:
+    """Builds one cell after another with one engine, and keeps the engine from filling the disk."""
+
+    def __init__(
+        self, *, engine: DockerEngine, index: Index, store: Store, report: Reporter, keep: bool, only: bool
+    ) -> None:
+        self._engine, self._index, self._store, self._report = engine, index, store, report
+        self._keep = keep or only
+        self._held: list[Image] = []
+        self.removed: set[str] = set()
+        """Ids of the cells whose images this session has taken out of the engine again."""
+
+    def build(self, plan: Plan) -> Image:
+        """Build, prove and tag one cell; an image that fails its proof is removed and gets no tag."""
+        started = time.monotonic()
+        engine, store = self._engine, self._store
+        engine.check()
+        fetch([plan], self._index, store, self._report)
+        base = base_of(plan, store, self._report)
+        self._make_room(plan)
+        before = engine.build_cache()
+        try:
+            with self._report.steps(plan.cell.id) as steps:
+                built = engine.build(plan, base, store=store, steps=steps)
+        finally:
+            # BuildKit keeps the wheels it was sent and each step's result; nothing of it would be used again.
+            engine.forget_builds(since=before)
+        try:
+            with self._report.steps(plan.cell.id) as steps:
+                steps.step("prove: observed = declared")
+                facts = proof.prove(plan, built.digest, engine)
+            engine.tag(built.digest, plan.cell.tags)
+        except BaseException:
+            engine.remove(built.digest)
+            raise
+        image = Image(
+            id=plan.cell.id,
+            digest=built.digest,
+            size_bytes=built.size_bytes,
+            seconds=round(time.monotonic() - started, 1),
+            engine=engine.name,
+            proven=True,
+            tags=plan.cell.tags,
+            facts=facts,
+        )
+        self._held.append(image)
+        return image
+
+    def _make_room(self, plan: Plan) -> None:
+        """Refuse if the build cannot fit; before that, take out images of this session unless they are to be kept."""
+        disk = self._engine.disk
+        if disk is None:
+            return
+        needed = PEAK * plan.lock.size + MARGIN_BYTES
+        while not self._keep and self._held and shutil.disk_usage(disk).free < needed:
+            image = self._held.pop(0)
+            self._engine.remove(image.digest)
+            self.removed.add(image.id)
+            self._report.say(
+                f"{image.id}: proven, and removed from the engine again to make room "
+                f"({_gb(needed)} needed for the next cell); --keep keeps it"
+            )
+        _require(disk, needed, f"build {plan.cell.id}")
+
+
+def build_all(plans: Iterable[Plan], session: Session, report: Reporter) -> list[Outcome]:
+    """Build each plan; one that fails does not stop the others."""
+    outcomes = []
+    for plan in plans:
+        try:
+            image = session.build(plan)
+        except TorchyardError as error:
+            outcomes.append(Outcome(plan=plan, error=error))
+            report.say(f"{plan.cell.id}: failed: {error.problems[0].what}")
+        else:
+            outcomes.append(Outcome(plan=plan, image=image))
+            report.say(f"{image.id}: proven · {image.digest} · {_gb(image.size_bytes)} · {image.seconds:.0f} s")
+    return [
+        Outcome(plan=it.plan, image=it.image, error=it.error, removed=it.plan.cell.id in session.removed)
+        for it in outcomes
+    ]

@@ -1,0 +1,426 @@
+"""The command line: one verb per stage, in the order of the line; the only place that prints errors and exits."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from builder import __version__, compat, errors, facts, matrix
+from builder import base as bases
+from builder import build as builds
+from builder import lock as locks
+from builder import update as updates
+from builder.build import Session, build_all
+from builder.console import Console
+from builder.engines.docker import DockerEngine
+from builder.errors import CellFailedError, LockError, MatrixError, Problem, TorchyardError
+from builder.index import Configuration, Index
+from builder.matrix import Cell
+from builder.project import Project, architecture
+from builder.schema import BootstrapBase
+from builder.store import Store
+
+EXIT_CODES = "\n    ".join(
+    f"{code:>3}  {text}"
+    for code, text in [
+        (0, "done"),
+        *sorted((cls.exit_code, (cls.__doc__ or "").splitlines()[0]) for cls in TorchyardError.__subclasses__()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every command is given."""
+
+    project: Project
+    console: Console
+
+
+class _Group(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's signature)
+        return list(self.commands)  # in the order of the line, not of the alphabet
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every command has, and hand it a Context instead of them."""
+
+    @click.option("-m", "--matrix", "matrix_path", type=click.Path(path_type=Path), default=Path("matrix.yaml"),
+                  show_default=True, help="The matrix; generated files lie in images/ beside it.")  # fmt: skip
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output, nothing else.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress; errors and results only.")
+    @click.option("-v", "--verbose", is_flag=True, help="Also show what build steps print.")
+    @click.option("--debug", is_flag=True, envvar="TORCHYARD_DEBUG", help="On an error, show the traceback.")
+    @functools.wraps(command)
+    def wrapper(
+        *args: object, matrix_path: Path, as_json: bool, quiet: bool, verbose: bool, debug: bool, **kwargs: object
+    ) -> None:
+        console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
+        try:
+            command(Context(Project(matrix_path), console), *args, **kwargs)
+        except TorchyardError as error:
+            if debug:
+                raise
+            console.error(error)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            console.say("stopped; what is finished is kept, and the same command goes on from there")
+            sys.exit(errors.InterruptedRunError.exit_code)
+
+    return wrapper
+
+
+patterns = click.argument("patterns", metavar="[CELL]...", nargs=-1)
+
+
+@click.group(
+    cls=_Group,
+    epilog="CELL is an id, a tag or a shell-style pattern of one: 'torch2.8*-runtime'. Without any: all cells.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help=f"""Reproducible PyTorch x CUDA x cuDNN images from one matrix, each one proven.
+
+    \b
+    Exit codes:
+    {EXIT_CODES}
+    """,
+)
+@click.version_option(__version__, prog_name="torchyard")
+def cli() -> None:
+    """Hold the verbs."""
+
+
+# --------------------------------------------------------------------------- matrix
+
+
+def _cell_document(cell: Cell) -> dict[str, Any]:
+    return {
+        "id": cell.id,
+        "torch": str(cell.torch),
+        "cuda": cell.cuda,
+        "cudnn": str(cell.cudnn) if cell.cudnn else None,
+        "nccl": str(cell.nccl) if cell.nccl else None,
+        "python": cell.python,
+        "base": cell.base_name,
+        "variant": cell.variant_name,
+        "platform": cell.platform,
+        "tags": list(cell.tags),
+    }
+
+
+@cli.command("matrix")
+@patterns
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of matrix.yaml instead.")
+@_options
+def matrix_command(context: Context, patterns: Sequence[str], *, schema: bool) -> None:
+    """List the cells of the matrix."""
+    if schema:
+        click.echo(json.dumps(matrix.json_schema(), indent=2))
+        return
+    documents = [_cell_document(cell) for cell in context.project.select(patterns)]
+    context.console.table(
+        ("torch", "cuda", "cudnn", "nccl", "python", "base", "variant", "platform", "tag"),
+        [
+            [*(str(document[key] or "-") for key in ("torch", "cuda", "cudnn", "nccl", "python", "base", "variant",
+                                                       "platform")), document["tags"][0]]
+            for document in documents
+        ],
+    )  # fmt: skip
+    context.console.result(documents)
+
+
+# --------------------------------------------------------------------------- resolve
+
+
+@cli.command("resolve")
+@click.option("--torch", required=True, help="A release: 2.8.0, or 2.8 for its newest patch.")
+@click.option("--cuda", help="CUDA torch was built for: 12.8, or cpu.")
+@click.option("--cudnn", help="cuDNN: 9, 9.10 or a full version.")
+@click.option("--driver", help="The host's NVIDIA driver: 525 or 525.60.13.")
+@click.option("--gpu", help="The host's GPU: H100, 'RTX 5090', sm_90 or 9.0.")
+@click.option("--python", help="Python: 3.12.")
+@click.option("--platform", type=click.Choice([p.value for p in facts.Platform]), default="linux/amd64",
+              show_default=True)  # fmt: skip
+@_options
+def resolve_command(context: Context, **asked: str | None) -> None:
+    """Say whether a combination exists and what it needs; if not, why, and what does."""
+    answer = compat.explain(context.project.facts, compat.Request(**asked))  # type: ignore[arg-type]
+    context.console.write(str(answer))
+    context.console.result(_answer_document(answer))
+    if not answer.possible:
+        sys.exit(errors.ImpossibleError.exit_code)
+
+
+def _answer_document(answer: compat.Answer) -> dict[str, Any]:
+    def combination(found: compat.Alternative) -> dict[str, Any]:
+        return {
+            "torch": str(found.torch),
+            "cuda": str(found.cuda),
+            "cudnn": str(found.cudnn) if found.cudnn else None,
+            "driver": str(found.driver) if found.driver else None,
+            "gpus": None if found.gpus is None else [facts.sm_tag(sm) for sm in found.gpus],
+            "pythons": [str(python) for python in found.pythons],
+            "glibc": str(found.glibc) if found.glibc else None,
+            "index": found.index.value,
+            "platform": found.platform.value,
+        }
+
+    return {
+        "possible": answer.possible,
+        "combination": combination(answer.combination) if answer.combination else None,
+        "problems": [{"what": p.what, "why": p.why, "tries": list(p.tries)} for p in answer.problems],
+        "notes": list(answer.notes),
+        "alternatives": [combination(found) for found in answer.alternatives],
+    }
+
+
+# --------------------------------------------------------------------------- lock
+
+
+def _lock_bases(context: Context, cells: Sequence[Cell], *, again: bool) -> list[Path]:
+    """Lock the bases of the cells where they are missing or stale, or all `again`; returns what was written."""
+    project, written = context.project, []
+    seen: set[Path] = set()
+    for cell in cells:
+        path = project.base_lock_path(cell)
+        if not isinstance(cell.base, BootstrapBase) or path in seen:
+            continue
+        seen.add(path)
+        previous = None
+        try:
+            previous = project.base_lock(cell)
+            if not again:
+                continue
+        except LockError:
+            pass
+        context.console.say(f"base {cell.base_name}: asking Debian's archive")
+        lock = bases.lock(
+            suite=cell.base.suite, architecture=architecture(cell), packages=cell.base.packages, previous=previous
+        )
+        project.write_base_lock(cell, lock)
+        written.append(path)
+    return written
+
+
+@cli.command("lock")
+@patterns
+@click.option("--check", is_flag=True, help="Write nothing; fail if a lock is missing, stale or damaged.")
+@click.option("--bases", "again", is_flag=True, help="Also lock the bases' Debian packages again, for their updates.")
+@_options
+def lock_command(context: Context, patterns: Sequence[str], *, check: bool, again: bool) -> None:
+    """Resolve the cells to hash-pinned wheels and write their locks."""
+    project, console = context.project, context.console
+    cells = project.select(patterns)
+    if check:
+        problems: list[Problem] = []
+        for cell in cells:
+            for read in (project.lock, project.base_lock):
+                try:
+                    read(cell)
+                except LockError as error:
+                    problems += error.problems
+        if problems:
+            raise LockError(problems=tuple(dict.fromkeys(problems)))
+        console.say(f"{len(cells)} locks are whole and answer the matrix")
+        console.result([{"id": cell.id, "lock": str(project.lock_path(cell)), "fresh": True} for cell in cells])
+        return
+    index = Index(configuration=Configuration.of_user())
+    # All or nothing: a set of locks that is half old and half new would be committed by somebody.
+    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
+        futures = [pool.submit(locks.lock_cell, cell, index) for cell in cells]
+        found, failed = [], []
+        for cell, future in zip(cells, futures, strict=True):
+            try:
+                lock = future.result()
+            except TorchyardError as error:
+                failed.append(error)
+            else:
+                found.append((cell, lock))
+                console.say(f"{cell.id}: {len(lock.wheels)} wheels, {lock.size / 1e9:.2f} GB")
+    if failed:
+        raise type(failed[0])(problems=tuple(problem for error in failed for problem in error.problems))
+    _lock_bases(context, cells, again=again)
+    for cell, lock in found:
+        project.write_lock(cell, lock)
+    console.result(
+        [
+            {"id": cell.id, "lock": str(project.lock_path(cell)), "wheels": len(lock.wheels), "size_bytes": lock.size}
+            for cell, lock in found
+        ]
+    )
+
+
+# --------------------------------------------------------------------------- render
+
+
+@cli.command("render")
+@patterns
+@click.option("--check", is_flag=True, help="Write nothing; fail if a generated file is missing or differs.")
+@_options
+def render_command(context: Context, patterns: Sequence[str], *, check: bool) -> None:
+    """Write images/<cell>/: Dockerfile, requirements.txt and image.json, from the matrix and the locks."""
+    project, console = context.project, context.console
+    plans = project.plans(project.select(patterns))
+    strays = () if patterns else project.strays()
+    if check:
+        problems = [
+            *project.stale(plans),
+            *(Problem(what="belongs to no cell", where=str(p), tries=("torchyard render",)) for p in strays),
+        ]
+        if problems:
+            raise LockError(problems=tuple(problems))
+        console.say(f"{len(plans)} cells are rendered as the matrix and the locks say")
+        console.result([{"id": plan.cell.id, "changed": False} for plan in plans])
+        return
+    documents = []
+    for plan in plans:
+        changed = project.write(plan)
+        documents.append({"id": plan.cell.id, "changed": changed})
+        console.say(f"{plan.cell.id}: {'written' if changed else 'as it was'}")
+    for path in strays:
+        gone = project.remove_stray(path)
+        console.say(f"{path.name}: belongs to no cell, {'removed' if gone else 'its generated files removed'}")
+    console.result(documents)
+
+
+# --------------------------------------------------------------------------- fetch
+
+
+@cli.command("fetch")
+@patterns
+@_options
+def fetch_command(context: Context, patterns: Sequence[str]) -> None:
+    """Bring the locked wheels and Debian packages into the store."""
+    project = context.project
+    plans = project.plans(project.select(patterns))
+    builds.fetch(plans, Index(configuration=Configuration.of_user()), Store.open(), context.console)
+    wheels = {wheel.sha256: wheel for plan in plans for wheel in plan.lock.wheels}
+    size = sum(wheel.size for wheel in wheels.values())
+    context.console.say(f"{len(wheels)} wheels are in the store, {size / 1e9:.2f} GB")
+    context.console.result([{"id": plan.cell.id, "wheels": len(plan.lock.wheels), "size_bytes": plan.lock.size}
+                            for plan in plans])  # fmt: skip
+
+
+# --------------------------------------------------------------------------- build
+
+
+@cli.command("build")
+@patterns
+@click.option("--all", "everything", is_flag=True, help="Build every cell of the matrix.")
+@click.option("--engine", type=click.Choice(["docker"]), default="docker", show_default=True,
+              help="What makes the image from its plan.")  # fmt: skip
+@click.option("--keep", is_flag=True, help="Never take a proven image out of the engine to make room for the next.")
+@_options
+def build_command(context: Context, patterns: Sequence[str], *, everything: bool, engine: str, keep: bool) -> None:
+    """Build cells, prove each in a container, and tag what is proven."""
+    if not patterns and not everything:
+        raise MatrixError("no cell is named", tries=("torchyard build '*cu128*'", "torchyard build --all"))
+    if patterns and everything:
+        raise MatrixError("--all and cells exclude each other", tries=("leave one of them out",))
+    project, console = context.project, context.console
+    plans = project.fresh_plans(project.select(patterns))
+    assert engine == "docker"
+    docker = DockerEngine()
+    docker.check()
+    session = Session(
+        engine=docker, index=Index(configuration=Configuration.of_user()), store=Store.open(), report=console,
+        keep=keep, only=len(plans) == 1,
+    )  # fmt: skip
+    outcomes = build_all(plans, session, console)
+    documents = []
+    for outcome in outcomes:
+        document: dict[str, Any] = {"id": outcome.plan.cell.id, "engine": docker.name, "proven": False}
+        if outcome.image is not None:
+            document |= asdict(outcome.image) | {"in_engine": not outcome.removed}
+            document["tags"] = list(outcome.image.tags)
+        if outcome.error is not None:
+            document["error"] = [str(problem) for problem in outcome.error.problems]
+        documents.append(document)
+    console.table(
+        ("tag", "digest", "size", "seconds", "state"),
+        [
+            [
+                outcome.plan.cell.tags[0],
+                outcome.image.digest[:19] if outcome.image else "-",
+                f"{outcome.image.size_bytes / 1e9:.2f} GB" if outcome.image else "-",
+                f"{outcome.image.seconds:.0f}" if outcome.image else "-",
+                "failed" if not outcome.image else "proven, removed for room" if outcome.removed else "proven",
+            ]
+            for outcome in outcomes
+        ],
+    )
+    console.result(documents)
+    failures = [outcome.error for outcome in outcomes if outcome.error is not None]
+    if failures:
+        # One cell's own failure keeps its own exit code; of several cells, "a cell failed" is the common truth.
+        kind = type(failures[0]) if len(plans) == 1 else CellFailedError
+        error = kind(problems=tuple(problem for failure in failures for problem in failure.problems))
+        if not console.as_json:
+            console.error(error)
+        sys.exit(error.exit_code)
+
+
+# --------------------------------------------------------------------------- update
+
+
+@cli.command("update")
+@click.option("--recheck", is_flag=True, help="Also resolve known builds again and report what differs; minutes.")
+@_options
+def update_command(context: Context, *, recheck: bool) -> None:
+    """Look for torch releases and builds that the facts lack, and add them; nothing is ever taken away."""
+    console = context.console
+    index = Index(configuration=Configuration.of_user())
+    configuration = index.configuration
+    changes = updates.update(
+        Path(facts.__file__).parent / "data",
+        list_wheels=lambda project: [offer.filename for offer in index.page(configuration.default_index, project)],
+        fetch_page=lambda url: _page(index, url),
+        resolve=updates.UvResolve(
+            uv=locks.uv_program(), arguments=("--no-config", "--default-index", configuration.default_index)
+        ),
+        today=dt.datetime.now(dt.UTC).date(),
+        recheck=recheck,
+        say=console.say,
+    )
+    for added in changes.added:
+        console.say(f"added     {added}")
+    for conflict in changes.conflicts:
+        console.say(f"differs   {conflict}")
+    for failure in changes.failures:
+        console.say(f"unknown   {failure}: {failure.why}")
+    console.result(
+        {
+            "added": [str(it) for it in changes.added],
+            "conflicts": [str(it) for it in changes.conflicts],
+            "failures": [str(it) for it in changes.failures],
+        }
+    )
+    if not (changes.added or changes.conflicts or changes.failures):
+        console.say("the facts are complete")
+    if changes.conflicts or changes.failures:
+        sys.exit(CellFailedError.exit_code)
+
+
+def _page(index: Index, url: str) -> updates.Page:
+    status, text = index.get(url)
+    return updates.Page(status=status, text=text)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; a SIGTERM is handled like Ctrl-C, so that nothing is left half done."""
+    signal.signal(signal.SIGTERM, _terminate)
+    cli(args=list(argv) if argv is not None else None, prog_name="torchyard")

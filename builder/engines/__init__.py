@@ -1,0 +1,73 @@
+"""What an engine can be asked to do: small protocols, of which an engine implements those it can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from builder.base import BaseImage
+from builder.render import Plan
+from builder.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltImage:
+    """An image that an engine made and that no tag of the matrix points to yet."""
+
+    digest: str
+    """Digest of the manifest, "sha256:...": the same wherever the image goes."""
+    size_bytes: int
+    """Compressed size: manifest, configuration and layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished container left."""
+
+    exit_code: int
+    """The process' own, or 124 if the deadline ended it."""
+    files: Mapping[str, bytes]
+    """The files asked for, by path, as far as they exist."""
+    log: str
+    """The end of what it printed to both streams."""
+
+
+class Steps(Protocol):
+    """Receives what an engine is doing."""
+
+    def step(self, text: str) -> None:
+        """Report that a step began."""
+
+    def output(self, line: str) -> None:
+        """Report a line that a step printed."""
+
+
+class Builder(Protocol):
+    """Makes an image from a plan."""
+
+    name: str
+
+    def build(self, plan: Plan, base: BaseImage | None, *, store: Store, steps: Steps) -> BuiltImage:
+        """Make the image; raises CellFailedError with the failing step's own last lines if one fails.
+
+        `base` is the bootstrap base as made from its lock, None if the plan starts from a registry image.
+        """
+
+
+class Runner(Protocol):
+    """Holds images, runs them and names them; an image is referred to by the digest of its manifest."""
+
+    def run(
+        self, digest: str, argv: Sequence[str], *, files: Mapping[str, bytes], collect: Sequence[str], timeout_s: float
+    ) -> RunResult:
+        """Run a command in a fresh container without network, privileges or mounts.
+
+        `files` (absolute path to content) are put into it before, `collect` are read out of it after.
+        """
+
+    def tag(self, digest: str, tags: Sequence[str]) -> None:
+        """Point the tags at the image; one that points elsewhere is moved."""
+
+    def remove(self, digest: str) -> None:
+        """Remove the image with every tag of it, and what its build left behind, giving the space back."""

@@ -1,0 +1,360 @@
+"""The docker engine: a plan's Dockerfile through BuildKit, containers to try images in; docker-py lives here only."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import docker
+import docker.errors
+import requests
+from docker.models.containers import Container
+
+from builder.base import BaseImage
+from builder.engines import BuiltImage, RunResult, Steps
+from builder.errors import CellFailedError, EngineError
+from builder.render import Plan
+from builder.store import Store
+
+MIN_VERSION = 25
+"""The first Docker Engine whose images can live in containerd's store, where an image's id is its manifest's digest."""
+UNPROVEN = "torchyard-unproven"
+"""Repository of the names that images bear in the engine between build and proof."""
+LAST_LINES = 25
+REMEDIES = (
+    "start the engine of this machine: systemctl start docker, or Docker Desktop",
+    "name another one: export DOCKER_HOST=ssh://user@host (or tcp://..., or Podman's socket)",
+    'on Debian as root, let torchyard\'s script make one: eval "$(.ci/engine-up)"',
+)
+
+
+@dataclass
+class _Vertex:
+    name: str = ""
+    error: str = ""
+    started: bool = False
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=200))
+    rest: str = ""
+
+
+class BuildkitLog:
+    """Follows BuildKit's machine-readable progress: steps as they begin, and what a failing step printed."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._vertexes: dict[str, _Vertex] = {}
+        self.trailer: list[str] = []
+        """Lines that are not progress: the client's own error message at the end."""
+
+    def feed(self, line: str) -> None:
+        """Take one line of the client's standard error."""
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            if line.strip():
+                self.trailer.append(line.rstrip())
+            return
+        for item in event.get("vertexes") or ():
+            vertex = self._vertexes.setdefault(item["digest"], _Vertex())
+            vertex.name = item.get("name", vertex.name)
+            vertex.error = item.get("error", vertex.error)
+            if item.get("started") and not vertex.started:
+                vertex.started = True
+                if not vertex.name.startswith("[internal]"):
+                    self._steps.step(_short_step(vertex.name))
+        for item in event.get("logs") or ():
+            vertex = self._vertexes.setdefault(item["vertex"], _Vertex())
+            # Chunks do not end with lines.
+            text = vertex.rest + base64.b64decode(item.get("data") or "").decode("utf-8", "replace")
+            *lines, vertex.rest = re.split(r"\r?\n", text)
+            for out in lines:
+                vertex.lines.append(out)
+                self._steps.output(out)
+
+    @property
+    def failure(self) -> tuple[str, str, list[str]] | None:
+        """The failing step, its error, and its last lines; None if no step failed."""
+        for vertex in self._vertexes.values():
+            if vertex.error and "context canceled" not in vertex.error:
+                lines = [*vertex.lines, *([vertex.rest] if vertex.rest else [])]
+                code = re.search(r"exit code: \d+$", vertex.error)
+                return _short_step(vertex.name), code.group() if code else vertex.error, lines[-LAST_LINES:]
+        return None
+
+
+def _short_step(name: str) -> str:
+    """Return a step's name in one line of reasonable length."""
+    text = " ".join(name.split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+class DockerEngine:
+    """A Docker-compatible engine, reached as the user's environment says (DOCKER_HOST or the default socket)."""
+
+    name = "docker"
+
+    @cached_property
+    def client(self) -> docker.DockerClient:
+        """A client of an engine that can do what is needed; raises EngineError saying what is missing."""
+        try:
+            client = docker.from_env(timeout=600)
+            version = client.version()
+        except (docker.errors.DockerException, requests.RequestException) as error:
+            where = os.environ.get("DOCKER_HOST", "the default socket (DOCKER_HOST is not set)")
+            raise EngineError(
+                "no container engine answers", where=where, why=_innermost(error), tries=REMEDIES
+            ) from error
+        found = str(version.get("Version", ""))
+        number = re.match(r"\d+", found)
+        components = {part.get("Name") for part in version.get("Components") or ()}
+        if number and int(number.group()) < MIN_VERSION and "Podman Engine" not in components:
+            raise EngineError(
+                f"Docker Engine {found} is too old", why=f"at least version {MIN_VERSION} is needed", tries=REMEDIES
+            )
+        return client
+
+    @cached_property
+    def _docker(self) -> str:
+        """Path of the docker client with buildx; BuildKit cannot be driven through the engine's own interface."""
+        program = shutil.which("docker")
+        if program is None:
+            raise EngineError(
+                "the docker client is not installed", why="BuildKit is driven through it", tries=REMEDIES[2:]
+            )
+        done = subprocess.run([program, "buildx", "version"], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise EngineError(
+                "the docker client lacks buildx",
+                why=(done.stderr.strip().splitlines() or ["`docker buildx version` failed"])[0],
+                tries=("install the package docker-buildx or docker-buildx-plugin", *REMEDIES[2:]),
+            )
+        return program
+
+    def check(self) -> None:
+        """Raise EngineError if images cannot be built here."""
+        info = self.client.info()
+        _ = self._docker
+        driver = dict(info.get("DriverStatus") or ()).get("driver-type", "")
+        if "containerd" not in driver:
+            raise EngineError(
+                "the engine keeps images in its classic store",
+                why="there an image's manifest, and with it its digest, does not survive a build",
+                tries=(
+                    'put {"features": {"containerd-snapshotter": true}} into daemon.json and restart the engine',
+                    *REMEDIES[1:],
+                ),
+            )
+
+    @property
+    def disk(self) -> Path | None:
+        """Directory in which the engine keeps its data, None if it is not on this machine."""
+        root = Path(self.client.info().get("DockerRootDir") or "/nonexistent")
+        return root if self.client.api.base_url.startswith("http+docker") and root.is_dir() else None
+
+    # ------------------------------------------------------------------ Builder
+
+    def build(self, plan: Plan, base: BaseImage | None, *, store: Store, steps: Steps) -> BuiltImage:
+        """Build the plan's Dockerfile hermetically: no network in any step, wheels and base from the store."""
+        self.check()
+        name = f"{UNPROVEN}:{plan.cell.id}"
+        with store.scratch(f"docker-{plan.cell.id}") as work:
+            context, wheels, metadata = work / "context", work / "wheels", work / "metadata.json"
+            context.mkdir()
+            for filename, content in plan.files.items():
+                (context / filename).write_bytes(content)
+                # BuildKit takes over modes: they must not depend on the umask.
+                (context / filename).chmod(0o644)
+            store.link(wheels, {wheel.filename: wheel.sha256 for wheel in plan.lock.wheels})
+            command = [
+                self._docker, "buildx", "build", "--builder", "default", "--progress", "rawjson",
+                "--platform", plan.cell.platform, "--network", "none",
+                "--provenance", "false", "--sbom", "false",
+                "--build-arg", "PIP_NO_INDEX=1", "--build-arg", f"SOURCE_DATE_EPOCH={plan.epoch}",
+                "--build-context", f"wheels={wheels}",
+                "--metadata-file", str(metadata),
+                # Times are set inside the step, so the exporter need not rewrite layers (which compresses them twice,
+                # and the base's anew), and the image appears in the engine without a detour through an archive.
+                "--output", f"type=image,name={name},oci-mediatypes=true,compression=gzip,compression-level=6",
+                "--file", str(context / "Dockerfile"), str(context),
+            ]  # fmt: skip
+            if base is not None:
+                command += ["--build-context", f"base=oci-layout://{base.layout}@{base.digest}"]
+            log = BuildkitLog(steps)
+            code = _follow(command, log, {**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"})
+            if code != 0:
+                raise _build_error(plan, log)
+            digest = json.loads(metadata.read_text("utf-8"))["containerimage.digest"]
+        image = self.client.images.get(digest)
+        return BuiltImage(digest=digest, size_bytes=int(image.attrs["Size"]))
+
+    # ------------------------------------------------------------------ Runner
+
+    def run(
+        self, digest: str, argv: Sequence[str], *, files: Mapping[str, bytes], collect: Sequence[str], timeout_s: float
+    ) -> RunResult:
+        """Run `argv` in place of the image's own command, under its own user and init.
+
+        Files travel as archives, not as mounts, so the engine may be on another machine.
+        """
+        container = self.client.containers.create(
+            digest,
+            command=list(argv),
+            network_mode="none",
+            cap_drop=["ALL"],
+            security_opt=["no-new-privileges"],
+            pids_limit=4096,
+        )
+        try:
+            for directory, members in _by_directory(files).items():
+                container.put_archive(directory, _archive(members))
+            container.start()
+            try:
+                code = int(container.wait(timeout=timeout_s)["StatusCode"])
+            except requests.RequestException:  # docker-py reports its deadline as a broken connection
+                container.kill()
+                container.wait(timeout=60)
+                code = 124
+            log = container.logs(tail=200).decode("utf-8", "replace")
+            return RunResult(exit_code=code, files=dict(_collect(container, collect)), log=log)
+        except (docker.errors.APIError, requests.RequestException) as error:
+            raise EngineError("the container could not be run", where=digest, why=_innermost(error)) from error
+        finally:
+            with contextlib.suppress(docker.errors.APIError, requests.RequestException):
+                container.remove(force=True, v=True)
+
+    def tag(self, digest: str, tags: Sequence[str]) -> None:
+        """Point the tags at the image and drop the name it had before its proof."""
+        image = self.client.images.get(digest)
+        for tag in tags:
+            image.tag(*tag.rsplit(":", 1))
+        for name in self._names(digest):
+            if name.startswith(f"{UNPROVEN}:"):
+                self.client.images.remove(name, noprune=True)
+
+    def remove(self, digest: str) -> None:
+        """Remove every name of the image, which removes the image."""
+        for name in self._names(digest) or [digest]:
+            with contextlib.suppress(docker.errors.ImageNotFound):
+                self.client.images.remove(name, force=True)
+
+    def _names(self, digest: str) -> list[str]:
+        try:
+            return list(self.client.images.get(digest).tags)
+        except docker.errors.ImageNotFound:
+            return []
+
+    def build_cache(self) -> frozenset[str]:
+        """Return the ids of what BuildKit keeps at the moment."""
+        command = [self._docker, "buildx", "du", "--builder", "default", "--format", "json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = set()
+        for line in done.stdout.splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                found.add(str(json.loads(line)["ID"]))
+        return frozenset(found)
+
+    def forget_builds(self, *, since: frozenset[str]) -> None:
+        """Drop what BuildKit has kept since `since`, and leave what the user's own builds had left before.
+
+        A CUDA cell leaves about 13 GB: the wheels it was sent and the installed tree.
+        """
+        new = sorted(self.build_cache() - since)
+        if new:
+            filters = [option for name in new for option in ("--filter", f"id={name}")]
+            command = [self._docker, "buildx", "prune", "--builder", "default", "--force", "--all", *filters]
+            subprocess.run(command, capture_output=True, check=False)
+
+
+def _follow(command: Sequence[str], log: BuildkitLog, environment: Mapping[str, str]) -> int:
+    """Run the client, feeding its progress to `log`; on an interrupt it is ended before we go on."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        encoding="utf-8", errors="replace", env=dict(environment), start_new_session=True,
+    )  # fmt: skip
+    try:
+        stream: IO[str] | None = process.stderr
+        assert stream is not None
+        for line in stream:
+            log.feed(line)
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _build_error(plan: Plan, log: BuildkitLog) -> CellFailedError | EngineError:
+    failure = log.failure
+    if failure is None:
+        text = "\n".join(log.trailer[-LAST_LINES:])
+        return EngineError(
+            f"{plan.cell.id}: BuildKit could not build", why=text or "it gave no reason", tries=REMEDIES[1:]
+        )
+    step, reason, lines = failure
+    return CellFailedError(
+        f"{plan.cell.id}: a build step failed ({reason})", where=step, why="\n".join(lines) or "it printed nothing"
+    )
+
+
+def _by_directory(files: Mapping[str, bytes]) -> dict[str, dict[str, bytes]]:
+    grouped: dict[str, dict[str, bytes]] = {}
+    for path, content in files.items():
+        pure = PurePosixPath(path)
+        grouped.setdefault(str(pure.parent), {})[pure.name] = content
+    return grouped
+
+
+def _archive(members: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode, entry.mtime = len(content), 0o444, int(time.time())
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def _collect(container: Container, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    for path in paths:
+        try:
+            chunks, _ = container.get_archive(path)
+        except docker.errors.NotFound:
+            continue
+        with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
+            member = archive.next()
+            content = archive.extractfile(member) if member is not None and member.isfile() else None
+            if content is not None:
+                yield path, content.read()
+
+
+def _innermost(error: BaseException) -> str:
+    """Say the cause in one line: docker-py wraps it several times."""
+    cause: Any = error
+    for _ in range(10):
+        inner = next((arg for arg in getattr(cause, "args", ()) if isinstance(arg, BaseException)), None)
+        if inner is None:
+            break
+        cause = inner
+    text = str(getattr(cause, "explanation", None) or cause).strip() or type(cause).__name__
+    return text.splitlines()[0]

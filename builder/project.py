@@ -1,0 +1,184 @@
+"""A project on disk: where its matrix, locks and rendered files lie, read and written as whole files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from builder import base as bases
+from builder import lock as locks
+from builder import matrix as matrices
+from builder import render as renders
+from builder.base import BaseLock
+from builder.errors import LockError, Problem, TorchyardError
+from builder.facts import Facts
+from builder.lock import Lock
+from builder.matrix import Cell
+from builder.render import Plan
+from builder.schema import BootstrapBase, Matrix
+from builder.store import write_atomically
+
+GENERATED = ("Dockerfile", "image.json", "pylock.toml", "requirements.txt")
+
+
+@dataclass(frozen=True)
+class Project:
+    """The directory that holds matrix.yaml."""
+
+    matrix_path: Path
+
+    @property
+    def root(self) -> Path:
+        """The project's directory."""
+        return self.matrix_path.absolute().parent
+
+    @property
+    def images(self) -> Path:
+        """Where the generated files lie, a directory a cell."""
+        return self.root / "images"
+
+    @cached_property
+    def matrix(self) -> Matrix:
+        """The matrix; raises MatrixError if it is wrong."""
+        return matrices.load(self.matrix_path)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What is known of torch, CUDA and GPUs."""
+        return Facts.load()
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """All cells of the matrix."""
+        return matrices.expand(self.matrix, self.facts, file=self.matrix_path.name)
+
+    def select(self, patterns: Sequence[str]) -> tuple[Cell, ...]:
+        """Return the cells that match a pattern, all if there is none."""
+        return matrices.select(self.cells, patterns)
+
+    # ------------------------------------------------------------------ where things lie
+
+    def directory(self, cell: Cell) -> Path:
+        """Return the directory of a cell."""
+        return self.images / cell.id
+
+    def lock_path(self, cell: Cell) -> Path:
+        """Return the path of a cell's lock."""
+        return self.directory(cell) / "pylock.toml"
+
+    def base_lock_path(self, cell: Cell) -> Path:
+        """Return the path of the lock of the cell's base."""
+        return self.images / "bases" / f"{cell.base_name}-{architecture(cell)}.toml"
+
+    # ------------------------------------------------------------------ reading
+
+    def lock(self, cell: Cell) -> Lock:
+        """Read the cell's lock; raises LockError if it is missing, damaged or stale."""
+        return locks.load(self.lock_path(cell), cell)
+
+    def base_lock(self, cell: Cell) -> BaseLock | None:
+        """Read the lock of the cell's base; None for a registry image; raises LockError if missing or stale."""
+        if not isinstance(cell.base, BootstrapBase):
+            return None
+        path = self.base_lock_path(cell)
+        tries = (f"torchyard lock '{cell.id}'",)
+        try:
+            text = path.read_text("utf-8")
+        except FileNotFoundError:
+            raise LockError(f"the base {cell.base_name} is not locked", where=str(path), tries=tries) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise LockError("the base's lock cannot be read", where=str(path), why=str(error)) from None
+        lock = bases.loads(text, where=str(path))
+        why = base_staleness(cell, lock)
+        if why:
+            raise LockError(f"the lock of the base {cell.base_name} is stale", where=str(path), why=why, tries=tries)
+        return lock
+
+    def plan(self, cell: Cell) -> Plan:
+        """Render the cell from its locks."""
+        return renders.render(cell, self.lock(cell), self.base_lock(cell), templates=renders.templates_of(self.root))
+
+    def plans(self, cells: Iterable[Cell]) -> tuple[Plan, ...]:
+        """Render the cells; raises one error with the problems of all."""
+        plans, errors = [], []
+        for cell in cells:
+            try:
+                plans.append(self.plan(cell))
+            except TorchyardError as error:
+                errors.append(error)
+        if errors:
+            raise type(errors[0])(problems=tuple(dict.fromkeys(p for error in errors for p in error.problems)))
+        return tuple(plans)
+
+    def fresh_plans(self, cells: Iterable[Cell]) -> tuple[Plan, ...]:
+        """Render the cells and require that images/ holds just that: what is built is what was committed."""
+        plans = self.plans(cells)
+        stale = self.stale(plans)
+        if stale:
+            raise LockError(problems=stale)
+        return plans
+
+    def stale(self, plans: Iterable[Plan]) -> tuple[Problem, ...]:
+        """Return every file of images/ that is not what the plans give."""
+        return tuple(problem for plan in plans for problem in renders.differences(plan, self.directory(plan.cell)))
+
+    def strays(self) -> tuple[Path, ...]:
+        """Return the generated directories of cells that the matrix no longer has."""
+        known = {cell.id for cell in self.cells}
+        return tuple(
+            path
+            for path in sorted(self.images.glob("*/"))
+            if (path.name not in known and (path / "image.json").is_file()) or self._is_lone_lock(path, known)
+        )
+
+    @staticmethod
+    def _is_lone_lock(path: Path, known: set[str]) -> bool:
+        return path.name not in known and path.name != "bases" and [p.name for p in path.iterdir()] == ["pylock.toml"]
+
+    # ------------------------------------------------------------------ writing
+
+    def write_lock(self, cell: Cell, lock: Lock) -> None:
+        """Write a cell's lock."""
+        write_atomically(self.lock_path(cell), locks.dumps(lock).encode())
+
+    def write_base_lock(self, cell: Cell, lock: BaseLock) -> None:
+        """Write the lock of a cell's base."""
+        write_atomically(self.base_lock_path(cell), bases.dumps(lock).encode())
+
+    def write(self, plan: Plan) -> bool:
+        """Write the generated files of a cell; returns whether any changed."""
+        directory = self.directory(plan.cell)
+        changed = bool(renders.differences(plan, directory))
+        for name, content in plan.files.items():
+            if not (directory / name).is_file() or (directory / name).read_bytes() != content:
+                write_atomically(directory / name, content)
+        return changed
+
+    def remove_stray(self, path: Path) -> bool:
+        """Remove the generated files of a directory, and it if nothing else was there; returns whether it is gone."""
+        for name in GENERATED:
+            (path / name).unlink(missing_ok=True)
+        if any(path.iterdir()):
+            return False
+        path.rmdir()
+        return True
+
+
+def architecture(cell: Cell) -> str:
+    """Return the processor architecture of a cell as Debian and OCI name it."""
+    return cell.platform.partition("/")[2]
+
+
+def base_staleness(cell: Cell, lock: BaseLock) -> str:
+    """Say why a base's lock no longer answers the matrix; empty if it does."""
+    assert isinstance(cell.base, BootstrapBase)
+    if (lock.suite, lock.architecture) != (cell.base.suite, architecture(cell)):
+        return f"it is for {lock.suite} on {lock.architecture}"
+    if set(lock.packages) != set(cell.base.packages):
+        changed = sorted(set(lock.packages) ^ set(cell.base.packages))
+        return f"the matrix asks for other packages since it was made: {', '.join(changed)}"
+    if lock.python is not None and lock.python != cell.base.python:
+        return f"{lock.suite} has Python {lock.python}, the matrix says {cell.base.python}"
+    return ""

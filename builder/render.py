@@ -1,0 +1,254 @@
+"""Cell and lock → plan: the files of images/<cell>/ and the image's configuration, as data, without touching a disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import FileSystemLoader, StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from builder import lock as locks
+from builder.base import BaseLock
+from builder.errors import LockError, Problem
+from builder.facts import cudnn_number
+from builder.lock import Lock
+from builder.matrix import Cell
+from builder.schema import BootstrapBase
+
+SCHEMA = 1
+PREFIX = "/opt/venv"
+"""Where the virtual environment lies in every image."""
+USER = "1000:0"
+HOME = "/home/torch"
+WORKDIR = "/workspace"
+IMAGE_JSON = "/usr/local/share/torchyard/image.json"
+"""Where an image keeps what it was declared to be."""
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """What the image's configuration says; the Dockerfile prints it, an engine without one writes it."""
+
+    env: Mapping[str, str]
+    labels: Mapping[str, str]
+    user: str
+    workdir: str
+    entrypoint: tuple[str, ...]
+    cmd: tuple[str, ...]
+    exposed_ports: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What must be found inside the image; versions as the image itself reports them."""
+
+    torch: str
+    """`torch.__version__`: 2.8.0+cu128."""
+    cuda: str | None
+    """`torch.version.cuda`: 12.8, None in a CPU build."""
+    cudnn: str | None
+    """Version of the installed cuDNN package."""
+    cudnn_number: int | None
+    """What the loaded cuDNN library says of itself: 91002."""
+    nccl: str | None
+    """What the loaded NCCL library says of itself: 2.27.3."""
+    python: str
+    """Major and minor."""
+    architectures: tuple[str, ...]
+    """GPU architectures torch was compiled for, in torch's spelling; empty where they are not known yet."""
+    packages: Mapping[str, str]
+    """Every installed distribution and its version: nothing less, nothing more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All an engine needs to make the image, and all a proof needs to judge it."""
+
+    cell: Cell
+    lock: Lock
+    base_lock: BaseLock | None
+    """The base's Debian packages; None for a base that is an image."""
+    config: ImageConfig
+    expectation: Expectation
+    epoch: int
+    """Seconds since 1970 that stand for every time in the image."""
+    files: Mapping[str, bytes]
+    """The content of images/<cell>/, by name."""
+
+
+def _configuration(cell: Cell, expectation: Expectation) -> ImageConfig:
+    cuda = {} if cell.cuda == "cpu" else {
+        # Read by NVIDIA's container runtime: every GPU unless told otherwise, and no graphics libraries.
+        "NVIDIA_VISIBLE_DEVICES": "all",
+        "NVIDIA_DRIVER_CAPABILITIES": "compute,utility",
+    }  # fmt: skip
+    title = f"PyTorch {cell.torch}, " + ("CPU" if cell.cuda == "cpu" else f"CUDA {cell.cuda}, cuDNN {cell.cudnn}")
+    versions = {
+        "torch": expectation.torch,
+        "cuda": cell.cuda,
+        "cudnn": expectation.cudnn,
+        "nccl": expectation.nccl,
+        "python": cell.python,
+    }
+    init = "/usr/bin/tini" if isinstance(cell.base, BootstrapBase) else cell.base.init
+    return ImageConfig(
+        env={
+            "PATH": f"{PREFIX}/bin:{SYSTEM_PATH}",
+            "VIRTUAL_ENV": PREFIX,
+            "LANG": "C.UTF-8",
+            # With these, a user id that /etc/passwd does not know still has a name and a place for caches.
+            "HOME": HOME,
+            "LOGNAME": "torch",
+            **cuda,
+            **cell.variant.env,
+        },
+        labels={
+            "org.opencontainers.image.title": title,
+            "org.opencontainers.image.description": cell.variant.description,
+            "org.opencontainers.image.version": cell.tags[0].partition(":")[2],
+            "torchyard.cell": cell.id,
+            **{f"torchyard.{name}": value for name, value in versions.items() if value is not None},
+        },
+        user=USER,
+        workdir=WORKDIR,
+        entrypoint=(init, "--") if init else (),
+        cmd=("bash",) if isinstance(cell.base, BootstrapBase) else ("python",),
+    )
+
+
+def expectation_of(cell: Cell, lock: Lock) -> Expectation:
+    """Return what the cell declares, in the words in which an image reports it."""
+    gpu = cell.cuda != "cpu"
+    return Expectation(
+        torch=cell.torch_local,
+        cuda=cell.cuda if gpu else None,
+        cudnn=str(cell.cudnn) if cell.cudnn else None,
+        cudnn_number=cudnn_number(cell.cudnn) if cell.cudnn else None,
+        nccl=str(lock.nccl) if gpu and lock.nccl else None,
+        python=cell.python,
+        architectures=cell.architectures,
+        packages={wheel.name: str(wheel.version) for wheel in lock.wheels},
+    )
+
+
+def image_json(
+    cell: Cell, lock: Lock, base_lock: BaseLock | None, *, config: ImageConfig, expectation: Expectation, epoch: int
+) -> dict[str, Any]:
+    """Return what images/<cell>/image.json holds: everything the image must turn out to be."""
+    base: dict[str, Any] = {"name": cell.base_name, "kind": cell.base.kind, "image": cell.base.image}
+    if isinstance(cell.base, BootstrapBase):
+        assert base_lock is not None
+        base |= {"suite": cell.base.suite, "lock": f"sha256:{base_lock.digest}"}
+    return {
+        "schema": SCHEMA,
+        "id": cell.id,
+        "tags": list(cell.tags),
+        "torch": str(cell.torch),
+        "cuda": cell.cuda,
+        "cudnn": str(cell.cudnn) if cell.cudnn else None,
+        "cudnn_is_stock": cell.cudnn_is_stock,
+        "variant": cell.variant_name,
+        "platform": cell.platform,
+        "base": base,
+        "lock": f"sha256:{locks.digest_of(locks.dumps(lock))}",
+        "epoch": epoch,
+        "prefix": PREFIX,
+        "config": asdict(config),
+        "expect": asdict(expectation),
+    }
+
+
+def templates_of(root: Path) -> Path:
+    """Return the directory with the templates: the project's own, else the ones torchyard ships."""
+    for candidate in (root / "templates", Path(__file__).parent / "templates", Path(__file__).parents[1] / "templates"):
+        if (candidate / "Dockerfile.j2").is_file():
+            return candidate
+    raise LockError("there are no templates", where=str(root / "templates"), tries=("reinstall torchyard",))
+
+
+def _quoted(value: str) -> str:
+    """Quote a value for LABEL and ENV, where `$` would be replaced."""
+    return json.dumps(value, ensure_ascii=False).replace("$", "\\$")
+
+
+def _environment(templates: Path) -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(templates),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters["quoted"] = _quoted
+    environment.filters["json_array"] = lambda items: json.dumps(list(items))
+    return environment
+
+
+def render(cell: Cell, lock: Lock, base_lock: BaseLock | None, *, templates: Path) -> Plan:
+    """Return the plan of the cell; the same inputs give the same bytes."""
+    expectation = expectation_of(cell, lock)
+    config = _configuration(cell, expectation)
+    epoch = max(lock.epoch, base_lock.epoch if base_lock else 0)
+    dockerfile = (
+        _environment(templates)
+        .get_template("Dockerfile.j2")
+        .render(
+            cell=cell,
+            base=cell.base,
+            config=config,
+            epoch=epoch,
+            prefix=PREFIX,
+            image_json=IMAGE_JSON,
+            directory=f"images/{cell.id}",
+        )
+    )
+    declared = image_json(cell, lock, base_lock, config=config, expectation=expectation, epoch=epoch)
+    return Plan(
+        cell=cell,
+        lock=lock,
+        base_lock=base_lock,
+        config=config,
+        expectation=expectation,
+        epoch=epoch,
+        files={
+            "Dockerfile": dockerfile.encode(),
+            "image.json": (json.dumps(declared, indent=2, ensure_ascii=False) + "\n").encode(),
+            "pylock.toml": locks.dumps(lock).encode(),
+            "requirements.txt": locks.requirements_txt(lock).encode(),
+        },
+    )
+
+
+def differences(plan: Plan, directory: Path) -> tuple[Problem, ...]:
+    """Compare the plan with the files of images/<cell>/ as they are; empty if they are the same."""
+    problems = []
+    for name, content in sorted(plan.files.items()):
+        path = directory / name
+        try:
+            found = path.read_bytes()
+        except FileNotFoundError:
+            problems.append(Problem(what="is missing", where=str(path), tries=("torchyard render",)))
+            continue
+        if found != content:
+            line = _first_difference(found, content)
+            problems.append(
+                Problem(
+                    what=f"differs from what the matrix, the lock and the templates give, from line {line} on",
+                    where=str(path),
+                    tries=("torchyard render",),
+                )
+            )
+    return tuple(problems)
+
+
+def _first_difference(one: bytes, other: bytes) -> int:
+    lines = zip(one.splitlines(), other.splitlines(), strict=False)
+    return next(
+        (number for number, (a, b) in enumerate(lines, 1) if a != b), min(one.count(b"\n"), other.count(b"\n")) + 1
+    )
