@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -18,13 +19,11 @@ from builder.engines.docker import DockerEngine
 from builder.errors import DiskError, TorchyardError
 from builder.index import Index, Progress
 from builder.render import Plan
-from builder.store import Store
+from builder.store import Store, write_atomically
 
-# What a build through BuildKit needs, as multiples of its wheels' size. Measured on the 2.8.0+cu128 cell; see
-# docs/measurements.md. At the peak BuildKit holds the wheels, the installed tree twice (its own and the image's) and
-# the compressed layer; afterwards the installed tree once and the layer.
-PEAK = 6.8
-KEPT = 3.5
+# What a build through BuildKit takes at its peak, as a multiple of its wheels' size: a copy of the wheels, the
+# installed tree and the compressed layer. Measured on the 2.8.0+cu128 cell (docs/measurements.md).
+PEAK = 5.0
 MARGIN_BYTES = 1 << 30
 
 
@@ -40,6 +39,8 @@ class Image:
     proven: bool
     tags: tuple[str, ...]
     facts: Mapping[str, Any]
+    reused: bool = False
+    """Whether it was made and proven by an earlier run from the very same inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +88,19 @@ def base_of(plan: Plan, store: Store, report: Reporter) -> BaseImage | None:
     """Make the plan's bootstrap base, or take it from the store; None if the plan starts from a registry image."""
     if plan.base_lock is None:
         return None
-    with report.transfers(f"base {plan.base_lock.suite}") as progress:
-        return bases.make(plan.base_lock, store, _one_file(progress))
+    with report.steps(f"base {plan.base_lock.suite}") as steps:
+        return bases.make(plan.base_lock, store, lambda what, _done, _total: steps.step(f"base: {what}"))
 
 
 def _one_file(progress: Progress) -> bases.Progress:
-    """Show what a base reports (what, bytes done, bytes in all) as the transfer of one file."""
+    """Show what fetching a base reports (package, bytes done, bytes in all) as transfers."""
     seen = 0
 
-    def report(what: str, done: int, total: int) -> None:
+    def report(package: str, done: int, total: int) -> None:
         nonlocal seen
         progress.start("base", total, 0)
-        progress.advance(what, done - seen)
+        progress.advance(package, done - seen)
+        progress.finish(package)
         seen = done
 
     return report
@@ -127,9 +129,18 @@ class Session:
     """Builds one cell after another with one engine, and keeps the engine from filling the disk."""
 
     def __init__(
-        self, *, engine: DockerEngine, index: Index, store: Store, report: Reporter, keep: bool, only: bool
+        self,
+        *,
+        engine: DockerEngine,
+        index: Index,
+        store: Store,
+        report: Reporter,
+        keep: bool = False,
+        only: bool = False,
+        rebuild: bool = False,
     ) -> None:
         self._engine, self._index, self._store, self._report = engine, index, store, report
+        self._rebuild = rebuild
         self._keep = keep or only
         self._held: list[Image] = []
         self.removed: set[str] = set()
@@ -140,6 +151,11 @@ class Session:
         started = time.monotonic()
         engine, store = self._engine, self._store
         engine.check()
+        proven = None if self._rebuild else self._proven_before(plan)
+        if proven is not None:
+            engine.tag(proven.digest, plan.cell.tags)
+            self._held.append(proven)
+            return proven
         fetch([plan], self._index, store, self._report)
         base = base_of(plan, store, self._report)
         self._make_room(plan)
@@ -168,8 +184,37 @@ class Session:
             tags=plan.cell.tags,
             facts=facts,
         )
+        self._record(plan, image)
         self._held.append(image)
         return image
+
+    def _record(self, plan: Plan, image: Image) -> None:
+        content = {"digest": image.digest, "size_bytes": image.size_bytes, "facts": image.facts}
+        write_atomically(self._record_path(plan), json.dumps(content).encode())
+
+    def _record_path(self, plan: Plan) -> Path:
+        return self._store.root / "proofs" / self._engine.name / f"{plan.digest}.json"
+
+    def _proven_before(self, plan: Plan) -> Image | None:
+        """Return the image that an earlier run proved for the very same plan, if the engine still has it."""
+        try:
+            record = json.loads(self._record_path(plan).read_bytes())
+            digest, size_bytes, facts = str(record["digest"]), int(record["size_bytes"]), dict(record["facts"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        if not self._engine.has(digest):
+            return None
+        return Image(
+            id=plan.cell.id,
+            digest=digest,
+            size_bytes=size_bytes,
+            seconds=0.0,
+            engine=self._engine.name,
+            proven=True,
+            tags=plan.cell.tags,
+            facts=facts,
+            reused=True,
+        )
 
     def _make_room(self, plan: Plan) -> None:
         """Refuse if the build cannot fit; before that, take out images of this session unless they are to be kept."""
@@ -199,7 +244,8 @@ def build_all(plans: Iterable[Plan], session: Session, report: Reporter) -> list
             report.say(f"{plan.cell.id}: failed: {error.problems[0].what}")
         else:
             outcomes.append(Outcome(plan=plan, image=image))
-            report.say(f"{image.id}: proven · {image.digest} · {_gb(image.size_bytes)} · {image.seconds:.0f} s")
+            how = "proven by an earlier run" if image.reused else f"proven · {image.seconds:.0f} s"
+            report.say(f"{image.id}: {how} · {image.digest} · {_gb(image.size_bytes)}")
     return [
         Outcome(plan=it.plan, image=it.image, error=it.error, removed=it.plan.cell.id in session.removed)
         for it in outcomes

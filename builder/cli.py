@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from builder import __version__, compat, errors, facts, matrix
+from builder import __version__, compat, errors, facts
 from builder import base as bases
 from builder import build as builds
 from builder import lock as locks
@@ -28,7 +28,7 @@ from builder.errors import CellFailedError, LockError, MatrixError, Problem, Tor
 from builder.index import Configuration, Index
 from builder.matrix import Cell
 from builder.project import Project, architecture
-from builder.schema import BootstrapBase
+from builder.schema import BootstrapBase, json_schema
 from builder.store import Store
 
 EXIT_CODES = "\n    ".join(
@@ -125,7 +125,7 @@ def _cell_document(cell: Cell) -> dict[str, Any]:
 def matrix_command(context: Context, patterns: Sequence[str], *, schema: bool) -> None:
     """List the cells of the matrix."""
     if schema:
-        click.echo(json.dumps(matrix.json_schema(), indent=2))
+        click.echo(json.dumps(json_schema(), indent=2))
         return
     documents = [_cell_document(cell) for cell in context.project.select(patterns)]
     context.console.table(
@@ -275,6 +275,7 @@ def render_command(context: Context, patterns: Sequence[str], *, check: bool) ->
     if check:
         problems = [
             *project.stale(plans),
+            *(() if patterns else project.stale_catalogue()),
             *(Problem(what="belongs to no cell", where=str(p), tries=("torchyard render",)) for p in strays),
         ]
         if problems:
@@ -287,6 +288,8 @@ def render_command(context: Context, patterns: Sequence[str], *, check: bool) ->
         changed = project.write(plan)
         documents.append({"id": plan.cell.id, "changed": changed})
         console.say(f"{plan.cell.id}: {'written' if changed else 'as it was'}")
+    if not patterns and project.write_catalogue():
+        console.say("README.md: table of images written")
     for path in strays:
         gone = project.remove_stray(path)
         console.say(f"{path.name}: belongs to no cell, {'removed' if gone else 'its generated files removed'}")
@@ -319,9 +322,12 @@ def fetch_command(context: Context, patterns: Sequence[str]) -> None:
 @click.option("--all", "everything", is_flag=True, help="Build every cell of the matrix.")
 @click.option("--engine", type=click.Choice(["docker"]), default="docker", show_default=True,
               help="What makes the image from its plan.")  # fmt: skip
+@click.option("--rebuild", is_flag=True, help="Build also what an earlier run proved from the same inputs.")
 @click.option("--keep", is_flag=True, help="Never take a proven image out of the engine to make room for the next.")
 @_options
-def build_command(context: Context, patterns: Sequence[str], *, everything: bool, engine: str, keep: bool) -> None:
+def build_command(
+    context: Context, patterns: Sequence[str], *, everything: bool, engine: str, rebuild: bool, keep: bool
+) -> None:
     """Build cells, prove each in a container, and tag what is proven."""
     if not patterns and not everything:
         raise MatrixError("no cell is named", tries=("torchyard build '*cu128*'", "torchyard build --all"))
@@ -334,7 +340,7 @@ def build_command(context: Context, patterns: Sequence[str], *, everything: bool
     docker.check()
     session = Session(
         engine=docker, index=Index(configuration=Configuration.of_user()), store=Store.open(), report=console,
-        keep=keep, only=len(plans) == 1,
+        keep=keep, only=len(plans) == 1, rebuild=rebuild,
     )  # fmt: skip
     outcomes = build_all(plans, session, console)
     documents = []

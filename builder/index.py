@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,25 +23,28 @@ from urllib.request import url2pathname
 import requests
 from packaging.utils import canonicalize_name
 from pypi_simple import (
+    ACCEPT_JSON_PREFERRED,
     PYPI_SIMPLE_ENDPOINT,
-    NoSuchProjectError,
+    DistributionPackage,
     ProjectPage,
-    PyPISimple,
     UnsupportedContentTypeError,
     UnsupportedRepoVersionError,
 )
 from requests.adapters import HTTPAdapter
+from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError as Urllib3Error
 from urllib3.util.retry import Retry
 
 from builder import __version__
-from builder.errors import Problem, SourceError, ToolError
+from builder.errors import HashMismatchError, Problem, SourceError, ToolError
 from builder.store import BlobWriter, Store, sha256_of
 
 RETRYABLE = (408, 425, 429, 500, 502, 503, 504)
 ATTEMPTS = 6
 BACKOFF_S = 0.5
 BACKOFF_MAX_S = 30.0
+RETRY_AFTER_MAX_S = 120.0
+"""A server may ask for more patience than our own, but not for a day's."""
 CONNECT_TIMEOUT_S = 20.0
 STALL_S = 30.0
 """A transfer that brought less than STALL_BYTES in this time is broken off and resumed."""
@@ -55,7 +58,7 @@ class Progress(Protocol):
     """Receives what a transfer does; calls come from several threads."""
 
     def start(self, name: str, size: int | None, done: int) -> None:
-        """Announce a file of `size` bytes, of which `done` are here already."""
+        """Announce a file of `size` bytes, of which `done` are here already; only the first call for a name counts."""
 
     def advance(self, name: str, size: int) -> None:
         """Report `size` more bytes; negative when a transfer starts over."""
@@ -97,6 +100,10 @@ class Offer:
     sha256: str | None
     size: int | None
     upload_time: datetime | None
+
+    def is_of(self, wanted: Wanted) -> bool:
+        """Tell whether this can be the file: another build of the same name has another hash."""
+        return self.filename == wanted.filename and self.sha256 in (None, wanted.sha256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +183,14 @@ def local_path(location: str) -> Path | None:
     return None if parts.scheme in ("http", "https") else Path(location).expanduser()
 
 
+class _Retry(Retry):
+    """Retries that wait as long as the server says, within reason."""
+
+    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
+        wait_s = super().get_retry_after(response)
+        return None if wait_s is None else min(wait_s, RETRY_AFTER_MAX_S)
+
+
 @dataclass(kw_only=True)
 class Index:
     """Finds and fetches files by name and hash in the user's find-links and indexes."""
@@ -188,7 +203,7 @@ class Index:
     def session(self) -> requests.Session:
         """A session that retries what may pass, waits as told, and trusts what the user's pip trusts."""
         session = requests.Session()
-        retry = Retry(
+        retry = _Retry(
             total=ATTEMPTS - 1,
             status_forcelist=RETRYABLE,
             allowed_methods=("GET", "HEAD"),
@@ -231,42 +246,36 @@ class Index:
         try:
             page = self._remote_page(*key) if directory is None else self._local_page(directory, key[1])
         except (
-            requests.RequestException,
+            OSError,  # of requests, and of a local index
             Urllib3Error,
             UnsupportedContentTypeError,
             UnsupportedRepoVersionError,
+            ValueError,  # of pypi-simple, for a page that is not one
+            TypeError,
+            KeyError,
         ) as error:
             raise SourceError(
                 f"the package index {without_credentials(index_url)} cannot be read",
                 why=_reason(error),
                 tries=("check the network and `pip config list`", "run again: what was fetched is kept"),
             ) from error
-        offers = tuple(
-            Offer(
-                filename=package.filename,
-                url=package.url,
-                sha256=(package.digests or {}).get("sha256"),
-                size=package.size,
-                upload_time=package.upload_time,
-            )
-            for package in (page.packages if page else ())
-        )
+        offers = tuple(map(_offer, page.packages)) if page else ()
         with self._guard:
             self._pages[key] = offers
         return offers
 
     def _remote_page(self, index_url: str, project: str) -> ProjectPage | None:
-        verify = self._verify(index_url)
-        session = self.session
-        if verify is False:
-            session = requests.Session()
-            session.verify = False
-        # With nothing but HTML asked for, an index that answers in JSON only would fail; prefer JSON: it has sizes.
-        client = PyPISimple(endpoint=index_url, session=session)
-        try:
-            return client.get_project_page(project, timeout=(CONNECT_TIMEOUT_S, STALL_S))
-        except NoSuchProjectError:
+        # JSON is preferred, because it has sizes and upload times; an index that only knows HTML answers in HTML.
+        response = self.session.get(
+            f"{index_url}/{project}/",
+            headers={"Accept": ACCEPT_JSON_PREFERRED},
+            timeout=(CONNECT_TIMEOUT_S, STALL_S),
+            verify=self._verify(index_url),
+        )
+        if response.status_code == 404:
             return None
+        response.raise_for_status()
+        return ProjectPage.from_response(response, project)
 
     @staticmethod
     def _local_page(directory: Path, project: str) -> ProjectPage | None:
@@ -276,36 +285,36 @@ class Index:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def _find_links(self, wanted_filename: str) -> Iterator[Offer]:
+    def _find_links(self, wanted: Wanted, problems: list[Problem]) -> Iterator[Offer]:
         for location in self.configuration.find_links:
             path = local_path(location)
-            if path is None:
-                try:
-                    response = self.session.get(
-                        location, timeout=(CONNECT_TIMEOUT_S, STALL_S), verify=self._verify(location)
+            if path is not None and path.is_dir():
+                file = path / wanted.filename
+                if file.is_file():
+                    yield Offer(
+                        filename=wanted.filename,
+                        url=file.absolute().as_uri(),
+                        sha256=None,
+                        size=file.stat().st_size,
+                        upload_time=None,
                     )
-                    response.raise_for_status()
-                    page = ProjectPage.from_html("find-links", response.content, base_url=response.url)
-                except _TRANSFER_ERRORS:
-                    continue  # pip, too, warns and goes on: the file may be elsewhere, and its hash is known
-                for package in page.packages:
-                    if package.filename == wanted_filename:
-                        yield Offer(
-                            filename=package.filename,
-                            url=package.url,
-                            sha256=(package.digests or {}).get("sha256"),
-                            size=package.size,
-                            upload_time=package.upload_time,
-                        )
-            elif (path / wanted_filename).is_file():
-                file = path / wanted_filename
-                yield Offer(
-                    filename=wanted_filename,
-                    url=file.absolute().as_uri(),
-                    sha256=None,
-                    size=file.stat().st_size,
-                    upload_time=None,
+                continue
+            try:
+                page = self._links_page(location, path)
+            except (OSError, Urllib3Error) as error:
+                # pip, too, warns and goes on: the file may be elsewhere, and its hash is known.
+                problems.append(
+                    Problem(what=f"the links of {without_credentials(location)} cannot be read", why=_reason(error))
                 )
+                continue
+            yield from (offer for offer in map(_offer, page.packages) if offer.is_of(wanted))
+
+    def _links_page(self, location: str, path: Path | None) -> ProjectPage:
+        if path is not None:
+            return ProjectPage.from_html("find-links", path.read_bytes(), base_url=path.absolute().as_uri())
+        response = self.session.get(location, timeout=(CONNECT_TIMEOUT_S, STALL_S), verify=self._verify(location))
+        response.raise_for_status()
+        return ProjectPage.from_html("find-links", response.content, base_url=response.url)
 
     def local_files(self) -> Iterator[Path]:
         """Yield every file in the directories that pip's find-links name."""
@@ -314,40 +323,26 @@ class Index:
             if path is not None and path.is_dir():
                 yield from sorted(path.iterdir())
 
-    def offers(self, wanted: Wanted) -> Iterator[Offer]:
+    def offers(self, wanted: Wanted, problems: list[Problem]) -> Iterator[Offer]:
         """Yield where the file can be had, nearest first: find-links, its own index, the default, the extra ones.
 
-        Searching many places is safe here, unlike when resolving: the hash decides what is taken.
+        Searching many places is safe here, unlike when resolving: the hash decides what is taken. Places that cannot
+        be asked are added to `problems`.
         """
-        problems: list[Problem] = []
-        found = False
-        for offer in self._find_links(wanted.filename):
-            found = True
-            yield offer
-        urls = [wanted.index_url] if wanted.index_url else []
-        if not self.configuration.no_index:
-            urls += [self.configuration.default_index, *self.configuration.extra_indexes]
-        for url in dict.fromkeys(urls):
+        yield from self._find_links(wanted, problems)
+        for url in self._indexes(wanted):
             try:
                 listed = self.page(url, wanted.project)
             except SourceError as error:
                 problems += error.problems
                 continue
-            for offer in listed:
-                if offer.filename == wanted.filename and offer.sha256 in (None, wanted.sha256):
-                    found = True
-                    yield offer
-        if not found:
-            searched = [*map(without_credentials, self.configuration.find_links), *map(without_credentials, urls)]
-            raise SourceError(
-                f"{wanted.filename} is nowhere to be found",
-                why=f"looked for sha256 {wanted.sha256} in {', '.join(searched) or 'no place: pip is set to no-index'}",
-                tries=(
-                    "if the file was withdrawn, lock the cell again: torchyard lock",
-                    "if you have it, put it into a directory that pip's find-links name",
-                ),
-                problems=tuple(problems),
-            )
+            yield from (offer for offer in listed if offer.is_of(wanted))
+
+    def _indexes(self, wanted: Wanted) -> tuple[str, ...]:
+        urls = [wanted.index_url] if wanted.index_url else []
+        if not self.configuration.no_index:
+            urls += [self.configuration.default_index, *self.configuration.extra_indexes]
+        return tuple(dict.fromkeys(urls))
 
     def get(self, url: str) -> tuple[int, str]:
         """Return status and text of a page as they are; raises SourceError only if there is no answer at all."""
@@ -364,7 +359,11 @@ class Index:
             if path is not None:
                 return path.stat().st_size
             response = self.session.head(
-                url, allow_redirects=True, timeout=(CONNECT_TIMEOUT_S, STALL_S), verify=self._verify(url)
+                url,
+                headers={"Accept-Encoding": "identity"},
+                allow_redirects=True,
+                timeout=(CONNECT_TIMEOUT_S, STALL_S),
+                verify=self._verify(url),
             )
             response.raise_for_status()
             return int(response.headers["Content-Length"])
@@ -389,78 +388,135 @@ class Index:
                 return store.path(wanted.sha256)
             if wanted.size is not None and writer.offset > wanted.size:
                 writer.restart()
-            failures: list[Exception] = []
-            for offer in self.offers(wanted):
-                progress.start(wanted.filename, wanted.size or offer.size, writer.offset)
-                path = local_path(offer.url)
-                try:
-                    if path is not None:
-                        if offer.sha256 is None and not _has_hash(path, wanted.sha256):
-                            continue  # another build of the same name lies there: not what is locked
-                        writer.restart()
-                        with path.open("rb") as file:
-                            while chunk := file.read(_CHUNK):
-                                writer.write(chunk)
-                                progress.advance(wanted.filename, len(chunk))
+            unread: list[Problem] = []
+            failures: list[SourceError | HashMismatchError] = []
+            for offer in self.offers(wanted, unread):
+                for _ in range(2):
+                    resumed, done = writer.offset > 0, 0
+                    try:
+                        if not self._transfer(offer, wanted, writer, progress, stop):
+                            break  # another build of the same name lies there: not what is locked
+                        done = writer.offset
+                        final = writer.commit()
+                    except SourceError as error:
+                        failures.append(error)
+                        break
+                    except HashMismatchError as error:
+                        progress.advance(wanted.filename, -done)
+                        if not resumed:
+                            failures.append(error)
+                            break
+                        # Perhaps not this place's fault: what was resumed may be damaged, or of another place.
                     else:
-                        self._download(offer.url, wanted, writer, progress, stop)
-                except (OSError, Urllib3Error, SourceError) as error:
-                    failures.append(error)
-                    continue
-                final = writer.commit()
-                progress.finish(wanted.filename)
-                return final
-            raise SourceError(
+                        progress.finish(wanted.filename)
+                        return final
+            raise self._not_fetched(wanted, failures, unread)
+
+    def _not_fetched(
+        self, wanted: Wanted, failures: Sequence[SourceError | HashMismatchError], unread: Sequence[Problem]
+    ) -> SourceError | HashMismatchError:
+        problems = (*(problem for failure in failures for problem in failure.problems), *unread)
+        if any(isinstance(failure, HashMismatchError) for failure in failures):
+            return HashMismatchError(problems=problems)
+        if failures:
+            return SourceError(
                 f"{wanted.filename} could not be fetched",
-                why="; ".join(_reason(failure) for failure in failures)
-                or f"the places that have the name have another file: expected sha256 {wanted.sha256}",
                 tries=("run again: what arrived is kept and resumed",),
+                problems=problems,
             )
+        searched = [without_credentials(place) for place in (*self.configuration.find_links, *self._indexes(wanted))]
+        return SourceError(
+            f"{wanted.filename} is nowhere to be found",
+            why=f"looked for sha256 {wanted.sha256} in {', '.join(searched) or 'no place: pip is set to no-index'}",
+            tries=(
+                "if the file was withdrawn, lock the cell again: torchyard lock",
+                "if you have it, put it into a directory that pip's find-links name",
+            ),
+            problems=problems,
+        )
+
+    def _transfer(
+        self, offer: Offer, wanted: Wanted, writer: BlobWriter, progress: Progress, stop: threading.Event | None
+    ) -> bool:
+        """Write what is missing of the file; returns False, having written nothing, if it is visibly another one."""
+        path = local_path(offer.url)
+        progress.start(wanted.filename, wanted.size or offer.size, writer.offset)
+        if path is None:
+            if wanted.size is None or writer.offset < wanted.size:
+                self._download(offer.url, wanted, writer, progress, stop)
+            return True
+        try:
+            if offer.sha256 is None and not _has_hash(path, wanted.sha256):
+                return False
+            with path.open("rb") as file:
+                _start_over(wanted, writer, progress)
+                while chunk := file.read(_CHUNK):
+                    _check_stop(stop)
+                    writer.write(chunk)
+                    progress.advance(wanted.filename, len(chunk))
+        except OSError as error:
+            raise SourceError(f"{wanted.filename} cannot be copied", where=str(path), why=_reason(error)) from error
+        return True
 
     def _download(
         self, url: str, wanted: Wanted, writer: BlobWriter, progress: Progress, stop: threading.Event | None
     ) -> None:
-        delay, last_error = BACKOFF_S, "no attempt was made"
-        attempt = 0
+        """Ask for the rest of the file until it is here.
+
+        The session repeats requests that get no answer or a passing refusal; here, answers that break off are resumed.
+        """
+        delay, attempt, reason = BACKOFF_S, 0, ""
         while attempt < ATTEMPTS:
-            before = writer.offset
-            try:
-                headers = {"Accept-Encoding": "identity"}
-                if writer.offset:
-                    headers["Range"] = f"bytes={writer.offset}-"
-                with self.session.get(
-                    url,
-                    headers=headers,
-                    stream=True,
-                    timeout=(CONNECT_TIMEOUT_S, STALL_S),
-                    verify=self._verify(url),
-                ) as response:
-                    if response.status_code == 416 and wanted.size == writer.offset:
-                        return
-                    response.raise_for_status()
-                    resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(
-                        f"bytes {writer.offset}-"
-                    )
-                    if writer.offset and not resumed:
-                        # The server does not know ranges: what we have is sent again.
-                        progress.advance(wanted.filename, -writer.offset)
-                        writer.restart()
-                    length = response.headers.get("Content-Length")
-                    end = writer.offset + int(length) if length else None
+            _check_stop(stop)
+            with self._open(url, wanted, writer, progress) as response:
+                before = writer.offset
+                length = response.headers.get("Content-Length")
+                end = before + int(length) if length else wanted.size
+                try:
                     self._receive(response, wanted, writer, progress, stop)
-                    if end is None or writer.offset == end:
+                except _TRANSFER_ERRORS as error:
+                    reason = _reason(error)
+                else:
+                    if end is None or writer.offset >= end:
                         return
-                    last_error = f"the connection closed {end - writer.offset} bytes early"
-            except _TRANSFER_ERRORS as error:
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                if status is not None and status not in RETRYABLE:
-                    raise
-                last_error = _reason(error)
+                    reason = f"the connection closed {end - writer.offset} bytes early"
             # Progress earns new attempts: a link that breaks every 100 MB still gets a 900 MB file.
             attempt = 0 if writer.offset - before > STALL_BYTES * 16 else attempt + 1
-            time.sleep(delay * (1 + random.random() / 2))  # noqa: S311 (jitter, not a secret)
+            _pause(delay * (1 + random.random() / 2), stop)  # noqa: S311 (jitter, not a secret)
             delay = min(2 * delay, BACKOFF_MAX_S)
-        raise SourceError(f"{without_credentials(url)}: gave up after {ATTEMPTS} attempts", why=last_error)
+        raise SourceError(f"{without_credentials(url)}: gave up after {ATTEMPTS} attempts", why=reason)
+
+    def _open(self, url: str, wanted: Wanted, writer: BlobWriter, progress: Progress) -> requests.Response:
+        """Return the answer whose body goes on where the writer is, which starts over if the server cannot do that."""
+        headers = {"Accept-Encoding": "identity"}
+        if writer.offset:
+            headers["Range"] = f"bytes={writer.offset}-"
+        try:
+            response = self.session.get(
+                url, headers=headers, stream=True, timeout=(CONNECT_TIMEOUT_S, STALL_S), verify=self._verify(url)
+            )
+        except _TRANSFER_ERRORS as error:
+            raise self._cannot_fetch(url, wanted, error) from error
+        beyond = bool(writer.offset) and response.status_code == 416
+        if not beyond:
+            try:
+                response.raise_for_status()
+            except requests.HTTPError as error:
+                response.close()
+                raise self._cannot_fetch(url, wanted, error) from error
+        resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(
+            f"bytes {writer.offset}-"
+        )
+        if writer.offset and not resumed:
+            _start_over(wanted, writer, progress)
+        if beyond:  # the file is shorter than what is here: it is another one
+            response.close()
+            return self._open(url, wanted, writer, progress)
+        return response
+
+    @staticmethod
+    def _cannot_fetch(url: str, wanted: Wanted, error: Exception) -> SourceError:
+        return SourceError(f"{wanted.filename} cannot be fetched", where=without_credentials(url), why=_reason(error))
 
     @staticmethod
     def _receive(
@@ -474,12 +530,14 @@ class Index:
         # read1 returns what has arrived instead of waiting for a whole chunk, so a trickle is noticed.
         read = response.raw.read1 if hasattr(response.raw, "read1") else response.raw.read
         while chunk := read(_CHUNK):
-            if stop is not None and stop.is_set():
-                raise SourceError("stopped because another transfer failed")
+            _check_stop(stop)
             if wanted.size is not None and writer.offset + len(chunk) > wanted.size:
-                raise SourceError(
-                    f"{wanted.filename}: more bytes than the {wanted.size} that are locked",
-                    tries=("the index serves another file under this name: do not use it",),
+                _start_over(wanted, writer, progress)
+                raise HashMismatchError(
+                    f"{wanted.filename}: the bytes are not those that were locked",
+                    where=without_credentials(response.url),
+                    why=f"expected {wanted.size} bytes with sha256 {wanted.sha256}, got more",
+                    tries=("the index or a proxy serves another file under this name: do not use it",),
                 )
             writer.write(chunk)
             progress.advance(wanted.filename, len(chunk))
@@ -507,6 +565,33 @@ class Index:
             finally:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
+
+
+def _offer(package: DistributionPackage) -> Offer:
+    return Offer(
+        filename=package.filename,
+        url=package.url,
+        sha256=(package.digests or {}).get("sha256"),
+        size=package.size,
+        upload_time=package.upload_time,
+    )
+
+
+def _check_stop(stop: threading.Event | None) -> None:
+    if stop is not None and stop.is_set():
+        raise SourceError("stopped because another transfer failed")
+
+
+def _start_over(wanted: Wanted, writer: BlobWriter, progress: Progress) -> None:
+    progress.advance(wanted.filename, -writer.offset)
+    writer.restart()
+
+
+def _pause(time_s: float, stop: threading.Event | None) -> None:
+    if stop is None:
+        time.sleep(time_s)
+    else:
+        stop.wait(time_s)
 
 
 def _has_hash(path: Path, sha256: str) -> bool:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +20,6 @@ from urllib.parse import unquote, urlsplit
 import tomli_w
 from packaging.pylock import Package, PackageWheel, Pylock, PylockValidationError
 from packaging.specifiers import SpecifierSet
-from packaging.tags import Tag
 from packaging.utils import InvalidWheelFilename, NormalizedName, canonicalize_name, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
@@ -35,6 +34,11 @@ WHEELS = "wheels"
 
 UV_PLATFORMS = {"linux/amd64": "x86_64-manylinux_2_28", "linux/arm64": "aarch64-manylinux_2_28"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# uv reports a refusal (401, 403) as "not found" with a hint; but an index that refuses is not one that has nothing.
+_UNREACHED = re.compile(
+    r"Failed to fetch|Failed to read|error sending request|Connection refused|dns error|timed out|status code \(5|"
+    r"returned a 40\d|valid authentication credentials|Received some unexpected|network connectivity is disabled"
+)
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
@@ -145,6 +149,10 @@ def _stamp(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def _whole_second(moment: datetime) -> datetime:
+    return moment.astimezone(UTC).replace(microsecond=0)
+
+
 # --------------------------------------------------------------------------- request
 
 
@@ -196,14 +204,14 @@ def uv_program() -> str:
 
 def _uv_environment() -> dict[str, str]:
     """Return the environment for uv: the user's, less what would change the answer or fetch an interpreter."""
+    network = r"CACHE_DIR|OFFLINE|NATIVE_TLS|HTTP_TIMEOUT|HTTP_RETRIES|CONCURRENT_\w+|KEYRING_PROVIDER"
     kept = {
         name: value
         for name, value in os.environ.items()
         # Where packages come from is decided by the matrix and by pip's configuration, in one place.
-        if not re.fullmatch(r"UV_(?!CACHE_DIR|OFFLINE|NATIVE_TLS|HTTP_TIMEOUT|CONCURRENT_\w+|KEYRING_PROVIDER).*", name)
-        and name != "VIRTUAL_ENV"
+        if not re.fullmatch(rf"UV_(?!{network}).*", name) and name != "VIRTUAL_ENV"
     }
-    return kept | {"UV_PYTHON_DOWNLOADS": "never", "NO_COLOR": "1", "LC_ALL": "C.UTF-8"}
+    return kept | {"UV_NO_CONFIG": "1", "UV_PYTHON_DOWNLOADS": "never", "NO_COLOR": "1", "LC_ALL": "C.UTF-8"}
 
 
 def _project_file(request: Request, *, local: frozenset[str]) -> str:
@@ -219,7 +227,6 @@ def _project_file(request: Request, *, local: frozenset[str]) -> str:
         },
         "tool": {
             "uv": {
-                "override-dependencies": list(request.overrides),
                 "index": [{"name": name, "url": url, "explicit": True} for name, url in sorted(indexes.items())],
                 "sources": {package: {"index": name} for package, name, _ in sources},
             }
@@ -228,22 +235,27 @@ def _project_file(request: Request, *, local: frozenset[str]) -> str:
     return tomli_w.dumps(content)
 
 
-def _local_wheels(request: Request, index: Index) -> dict[str, list[Path]]:
-    """Return, for packages that only an explicit index carries, the fitting wheels in the user's find-links."""
-    wanted = {}
+def _exact_builds(request: Request) -> dict[NormalizedName, Version]:
+    """Return the packages that only an explicit index carries and of which one build was asked for."""
+    builds = {}
     for requirement in request.requirements:
         name, separator, version = requirement.partition("==")
         if separator and "+" in version and any(name == package for package, _, _ in request.sources):
-            wanted[canonicalize_name(name)] = Version(version)
+            builds[canonicalize_name(name)] = Version(version)
+    return builds
+
+
+def _local_wheels(builds: Mapping[NormalizedName, Version], index: Index) -> dict[str, list[Path]]:
+    """Return the fitting wheels of exact builds in the user's find-links."""
     found: dict[str, list[Path]] = {}
-    if not wanted:
+    if not builds:
         return found
     for path in index.local_files():
         try:
             package, built, _, _ = parse_wheel_filename(path.name)
         except (InvalidWheelFilename, InvalidVersion):
             continue
-        if wanted.get(package) == built:
+        if builds.get(package) == built:
             found.setdefault(package, []).append(path)
     return found
 
@@ -254,12 +266,25 @@ def resolve(request: Request, index: Index) -> Lock:
     Raises ResolveError with uv's own explanation, SourceError if an index cannot be reached.
     """
     configuration = index.configuration
-    local = _local_wheels(request, index)
+    builds = _exact_builds(request)
+    local = _local_wheels(builds, index)
     with tempfile.TemporaryDirectory(prefix="torchyard-lock-") as name:
         directory = Path(name)
         (directory / "pyproject.toml").write_text(_project_file(request, local=frozenset(local)), "utf-8")
-        options = ["--default-index", configuration.default_index]
-        if local:
+        (directory / "overrides.txt").write_text("".join(f"{line}\n" for line in request.overrides), "utf-8")
+        environment = _uv_environment()
+        options = []
+        for package in builds:
+            # The date decides between versions, and here there is one. Not every index says when it got its files.
+            options += ["--exclude-newer-package", f"{package}=false"]
+        if configuration.no_index:
+            options.append("--no-index")
+            for location in configuration.find_links:
+                path = local_path(location)
+                options += ["--find-links", location if path is None else str(path.absolute())]
+        else:
+            environment["UV_DEFAULT_INDEX"] = configuration.default_index  # not an argument: it can hold a password
+        if local and not configuration.no_index:
             # Only the exact wheels of packages the default index does not have: find-links outrank nothing else.
             (directory / "local").mkdir()
             for paths in local.values():
@@ -268,14 +293,13 @@ def resolve(request: Request, index: Index) -> Lock:
             options += ["--find-links", str(directory / "local")]
         for host in configuration.trusted_hosts:
             options += ["--allow-insecure-host", host]
-        environment = _uv_environment()
         if configuration.certificates:
             environment["SSL_CERT_FILE"] = configuration.certificates
         if configuration.proxy:
             environment |= {"HTTP_PROXY": configuration.proxy, "HTTPS_PROXY": configuration.proxy}
         command = [
             uv_program(), "pip", "compile", "pyproject.toml",
-            "--format", "pylock.toml", "--output-file", "pylock.toml",
+            "--format", "pylock.toml", "--output-file", "pylock.toml", "--overrides", "overrides.txt",
             "--python-platform", UV_PLATFORMS[request.platform], "--python-version", request.python,
             "--only-binary", ":all:", "--index-strategy", "first-index",
             "--exclude-newer", _stamp(request.exclude_newer), "--no-progress", "--quiet", *options,
@@ -291,7 +315,7 @@ def resolve(request: Request, index: Index) -> Lock:
 def _refusal(request: Request, message: str, directory: str) -> ResolveError | SourceError:
     text = " ".join(message.replace(directory, "").split())
     text = re.sub(r"^(error:|\N{MULTIPLICATION SIGN})\s*", "", text).replace("╰─▶", "").strip()
-    if re.search(r"Failed to fetch|error sending request|Connection refused|dns error|timed out|status code \(5", text):
+    if _UNREACHED.search(text):
         return SourceError(
             f"{request.cell_id}: an index could not be reached",
             why=text,
@@ -300,10 +324,13 @@ def _refusal(request: Request, message: str, directory: str) -> ResolveError | S
                 "if the index is not reachable from here, put its wheels into a directory that pip's find-links name",
             ),
         )
+    tries = ["torchyard resolve says which combinations exist", "look at `exclude_newer` in the matrix"]
+    if "filtered by `exclude-newer`" in text and "was published at" not in text:
+        tries.append("use an index that says when it received its files (PEP 700): for uv, any other has only new ones")
     return ResolveError(
         f"{request.cell_id}: there is no set of wheels for {', '.join(request.requirements)}",
         why=text,
-        tries=("torchyard resolve says which combinations exist", "look at `exclude_newer` in the matrix"),
+        tries=tuple(tries),
     )
 
 
@@ -343,7 +370,7 @@ def _wheel_of(package: Package, index: Index, index_name: str) -> Wheel:
         filename=filename,
         sha256=wheel.hashes["sha256"],
         size=size,
-        upload_time=wheel.upload_time.astimezone(UTC) if wheel.upload_time and local_path(location) is None else None,
+        upload_time=_whole_second(wheel.upload_time) if wheel.upload_time and local_path(location) is None else None,
         index=index_name,
     )
 
@@ -357,6 +384,8 @@ def contradictions(cell: Cell, lock: Lock) -> list[str]:
     torch = lock.version("torch")
     if torch is None or torch.release != cell.torch.release:
         found.append(f"torch {cell.torch} was asked for, {torch or 'none'} is locked")
+    elif torch.local is not None and torch != Version(cell.torch_local):
+        found.append(f"torch {cell.torch_local} was asked for, {torch} is locked")
     if cell.cuda == "cpu":
         gpu = sorted(wheel.name for wheel in lock.wheels if wheel.name.startswith("nvidia-"))
         if gpu:
@@ -497,48 +526,50 @@ def loads(text: str, *, where: str) -> Lock:
         field = f"packages[{number}] ({package.name})"
         if any(package.name == wheel.name for wheel in wheels):
             raise refuse("a package is locked twice", field)
-        if package.version is None or not package.wheels or len(package.wheels) != 1:
-            raise refuse("a locked package has a version and exactly one wheel", field)
-        (entry,) = package.wheels
-        sha256 = entry.hashes.get("sha256", "")
-        if entry.size is None or entry.url is not None or not _SHA256.fullmatch(sha256):
-            raise refuse("a locked wheel has a size and a SHA-256, and no URL", f"{field}.wheels[0]")
-        filename = entry.name or ""
-        try:
-            name, version, _, tags = parse_wheel_filename(filename)
-        except (InvalidWheelFilename, InvalidVersion) as error:
-            raise refuse("not a wheel's name", f"{field}.wheels[0].name", str(error)) from None
-        if (name, version) != (package.name, package.version) and (name, version.public) != (
-            package.name,
-            package.version.public,
-        ):
-            raise refuse("the wheel is of another package or version", f"{field}.wheels[0].name", filename)
-        assert all(isinstance(tag, Tag) for tag in tags)
-        upload_time = entry.upload_time
-        index = (package.tool or {}).get("torchyard", {}).get("index", DEFAULT_INDEX)
-        wheels.append(
-            Wheel(
-                name=package.name,
-                version=package.version,
-                filename=filename,
-                sha256=sha256,
-                size=entry.size,
-                upload_time=upload_time.astimezone(UTC) if upload_time else None,
-                index=index,
-            )
-        )
+        wheels.append(_locked_wheel(package, field, refuse))
     moment = ours.get("exclude-newer")
     if not isinstance(moment, datetime) or not all(
         isinstance(ours.get(k), str) for k in ("cell", "request", "python", "resolver")
     ):
         raise refuse("the lock lacks a field", "tool.torchyard", "cell, request, python, resolver, exclude-newer")
-    return Lock(
+    lock = Lock(
         request=str(ours["request"]),
         cell_id=str(ours["cell"]),
         python=str(ours["python"]),
-        exclude_newer=moment,
+        exclude_newer=_whole_second(moment),
         resolver=str(ours["resolver"]),
         wheels=tuple(wheels),
+    )
+    if _self_digest(_pylock(lock)) != ours["digest"]:
+        # Such as a source distribution or the URL of an index, which other readers of PEP 751 would follow.
+        raise refuse("the lock says more than torchyard writes", why="a field or a value in it is foreign")
+    return lock
+
+
+def _locked_wheel(package: Package, field: str, refuse: Callable[[str, str, str], LockError]) -> Wheel:
+    if package.version is None or not package.wheels or len(package.wheels) != 1:
+        raise refuse("a locked package has a version and exactly one wheel", field, "")
+    (entry,) = package.wheels
+    sha256 = entry.hashes.get("sha256", "")
+    if entry.size is None or entry.url is not None or not _SHA256.fullmatch(sha256):
+        raise refuse("a locked wheel has a size and a SHA-256, and no URL", f"{field}.wheels[0]", "")
+    filename = entry.name or ""
+    try:
+        name, version, _, _ = parse_wheel_filename(filename)
+    except (InvalidWheelFilename, InvalidVersion) as error:
+        raise refuse("not a wheel's name", f"{field}.wheels[0].name", str(error)) from None
+    if (name, version) != (package.name, package.version):
+        raise refuse("the wheel is of another package or version", f"{field}.wheels[0].name", filename)
+    upload_time = entry.upload_time
+    index = (package.tool or {}).get("torchyard", {}).get("index", DEFAULT_INDEX)
+    return Wheel(
+        name=package.name,
+        version=package.version,
+        filename=filename,
+        sha256=sha256,
+        size=entry.size,
+        upload_time=_whole_second(upload_time) if upload_time else None,
+        index=index,
     )
 
 

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import re
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-import yaml
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from builder.compat import check_cell
 from builder.errors import ImpossibleError, MatrixError, Problem
 from builder.facts import CPU, Build, Cuda, Facts
 from builder.facts import Index as Published
 from builder.facts import Platform as KnownPlatform
+from builder.reading import UNDAMAGED, Damage, did_you_mean, read, text_of
 from builder.schema import (
     AXES,
-    Axes,
     BootstrapBase,
-    Exclude,
     ImageBase,
-    Include,
     Index,
     Matrix,
     Selector,
@@ -37,7 +33,8 @@ from builder.schema import (
     listed,
 )
 
-MAX_FILE_BYTES = 1 << 20
+MAX_POINTS = 10_000
+"""More is a slip of the pen; six axes multiply fast."""
 PYTORCH_INDEX = "https://download.pytorch.org/whl"
 
 # --------------------------------------------------------------------------- cells
@@ -128,14 +125,29 @@ def _product(values: Mapping[str, Sequence[str]]) -> Iterator[Point]:
         yield Point(**dict(zip(AXES, combination, strict=True)))
 
 
-def _points(matrix: Matrix) -> tuple[list[tuple[str, Point]], list[Problem]]:
+def _too_many(values: Mapping[str, Sequence[str]], where: str) -> Problem | None:
+    count = math.prod(len(values[axis]) for axis in AXES)
+    if count <= MAX_POINTS:
+        return None
+    return Problem(
+        what=f"{count} cells are more than the {MAX_POINTS} that a matrix may have",
+        where=where,
+        why=" x ".join(f"{len(values[axis])} {axis}" for axis in AXES),
+    )
+
+
+def _points(matrix: Matrix, damage: Damage) -> tuple[list[tuple[str, Point]], list[Problem]]:
     """Expand axes, exclude and include to points with the path they come from."""
-    problems: list[Problem] = []
     axes = {axis: listed(getattr(matrix.axes, axis)) for axis in AXES}
+    if problem := _too_many(axes, "axes"):
+        return [], [problem]
+    problems: list[Problem] = []
     points = [("axes", point) for point in _product(axes)]
     for number, exclude in enumerate(matrix.exclude):
+        # What is wrong on an axis may be just what the entry means.
+        certain = exclude.model_copy(update=dict.fromkeys(damage.axes))
         kept = [(where, point) for where, point in points if not matches(exclude, point)]
-        if len(kept) == len(points):
+        if len(kept) == len(points) and not any(matches(certain, point) for _, point in points):
             wanted = ", ".join(
                 f"{axis}: {' or '.join(listed(value))}"
                 for axis in AXES
@@ -144,48 +156,61 @@ def _points(matrix: Matrix) -> tuple[list[tuple[str, Point]], list[Problem]]:
             problems.append(
                 Problem(
                     what=f"excludes nothing ({wanted or 'no axis named'})",
-                    where=f"exclude[{number}]",
+                    where=damage.place("exclude", number),
                     why="no point of `axes` that earlier entries have left matches it",
                     tries=("remove the entry, or correct its values",),
                 )
             )
         points = kept
+    if not points:
+        problems.append(Problem(what="no cell is left", where="exclude", why="the entries exclude every point"))
+    if damage.hides("exclude"):
+        points = []  # An entry that is wrong would have excluded some of them.
     for number, include in enumerate(matrix.include):
         values = {
             axis: listed(given) if (given := getattr(include, axis)) is not None else axes[axis][:1] for axis in AXES
         }
-        points += [(f"include[{number}]", point) for point in _product(values)]
+        where = damage.place("include", number)
+        if problem := _too_many(values, where):
+            problems.append(problem)
+        elif not damage.axes:
+            points += [(where, point) for point in _product(values)]
     return points, problems
 
 
-def _unknown_names(matrix: Matrix) -> Iterator[Problem]:
+def _unknown_names(matrix: Matrix, damage: Damage) -> Iterator[Problem]:
     """Report every base and variant that is used but not defined."""
     users: list[tuple[str, BaseModel]] = [("axes", matrix.axes)]
-    users += [(f"exclude[{number}]", entry) for number, entry in enumerate(matrix.exclude)]
-    users += [(f"include[{number}]", entry) for number, entry in enumerate(matrix.include)]
-    users += [(f"indexes[{number}].when", entry.when) for number, entry in enumerate(matrix.indexes)]
-    for where, entry in users:
-        for axis, known in (("base", matrix.bases), ("variant", matrix.variants)):
+    users += [(damage.place("exclude", number), entry) for number, entry in enumerate(matrix.exclude)]
+    users += [(damage.place("include", number), entry) for number, entry in enumerate(matrix.include)]
+    users += [(f"{damage.place('indexes', number)}.when", entry.when) for number, entry in enumerate(matrix.indexes)]
+    for axis, defined in (("base", matrix.bases), ("variant", matrix.variants)):
+        if damage.hides() or (f"{axis}s" in damage.sections and not damage.names):
+            continue
+        for where, entry in users:
             value = getattr(entry, axis)
             for name in () if value is None else listed(value):
-                if name not in known:
+                if name not in defined and name not in damage.names:
                     yield Problem(
-                        what=f"{axis} {name!r} is not defined{_did_you_mean(name, known)}",
+                        what=f"{axis} {name!r} is not defined{did_you_mean(name, defined)}",
                         where=f"{where}.{axis}",
-                        why=f"`{axis}s` defines {', '.join(known)}",
+                        why=f"`{axis}s` defines {', '.join(defined)}",
                     )
 
 
-def _duplicates(matrix: Matrix) -> Iterator[Problem]:
+def _duplicates(matrix: Matrix, damage: Damage) -> Iterator[Problem]:
     for axis in AXES:
         values = listed(getattr(matrix.axes, axis))
+        seen: set[str] = set()
         for number, value in enumerate(values):
-            if value in values[:number]:
-                yield Problem(what=f"{value!r} stands here twice", where=f"axes.{axis}[{number}]")
+            if value in seen:
+                where = f"axes.{axis}" if axis in damage.axes else f"axes.{axis}[{number}]"
+                yield Problem(what=f"{value!r} stands here twice", where=where)
+            seen.add(value)
     names = [index.name for index in matrix.indexes]
     for number, name in enumerate(names):
         if name in names[:number]:
-            yield Problem(what=f"a second index named {name!r}", where=f"indexes[{number}].name")
+            yield Problem(what=f"a second index named {name!r}", where=f"{damage.place('indexes', number)}.name")
 
 
 def _complete(matrix: Matrix, where: str, point: Point, facts: Facts) -> Cell | list[Problem]:
@@ -194,12 +219,13 @@ def _complete(matrix: Matrix, where: str, point: Point, facts: Facts) -> Cell | 
     torch = Version(point.torch)
     override = None if point.cudnn == "stock" else Version(point.cudnn)
     label = " · ".join(getattr(point, axis) for axis in AXES)
+    leave = ("leave it out with an `exclude` entry",) if where == "axes" else ()
     problems = [
         Problem(
             what=problem.what,
             where=f"{where} ({label})",
             why=problem.why,
-            tries=(*problem.tries, *(("or leave it out with an `exclude` entry",) if where == "axes" else ())),
+            tries=(*problem.tries, *leave),
         )
         for problem in check_cell(
             facts,
@@ -219,17 +245,14 @@ def _complete(matrix: Matrix, where: str, point: Point, facts: Facts) -> Cell | 
     cudnn = override or stock
     indexes = tuple(index for index in matrix.indexes if matches(index.when, point))
     if build.index is not Published.DEFAULT and not any("torch" in index.packages for index in indexes):
-        label = cuda_label(point.cuda)
+        what = f"torch {torch} for CUDA {point.cuda}" if point.cuda != "cpu" else f"the CPU build of torch {torch}"
+        address = f"{PYTORCH_INDEX}/{cuda_label(point.cuda)}"
         problems.append(
             Problem(
-                what=f"torch {torch} for CUDA {point.cuda} is not on the default package index"
-                if point.cuda != "cpu"
-                else f"the CPU build of torch {torch} is not on the default package index",
-                where=f"{where} ({' · '.join(getattr(point, axis) for axis in AXES)})",
+                what=f"{what} is not on the default package index",
+                where=f"{where} ({label})",
                 why="only PyTorch's own index carries it",
-                tries=(
-                    f"add {PYTORCH_INDEX}/{label} to `indexes`, with packages: [torch], when: {{cuda: '{point.cuda}'}}",
-                ),
+                tries=(f"add {address} to `indexes`, with packages: [torch], when: {{cuda: '{point.cuda}'}}", *leave),
             )
         )
     if point.cuda != "cpu" and cudnn is None:
@@ -238,7 +261,7 @@ def _complete(matrix: Matrix, where: str, point: Point, facts: Facts) -> Cell | 
                 what=f"the stock cuDNN of torch {torch} for CUDA {point.cuda} is not known",
                 where=f"{where} ({label})",
                 why="the image's id and tag name its cuDNN, so it must be known before it is built",
-                tries=("run `torchyard update`", "or name the cuDNN on the cudnn axis"),
+                tries=("run `torchyard update`", "name the cuDNN on the cudnn axis", *leave),
             )
         )
     if problems:
@@ -280,17 +303,16 @@ def _complete(matrix: Matrix, where: str, point: Point, facts: Facts) -> Cell | 
     )
 
 
-def expand(matrix: Matrix, facts: Facts, *, file: str = "matrix.yaml") -> tuple[Cell, ...]:
+def expand(matrix: Matrix, facts: Facts, *, file: str = "matrix.yaml", damage: Damage = UNDAMAGED) -> tuple[Cell, ...]:
     """Return the matrix' cells in the order of the file.
 
     Raises MatrixError with every problem at once: undefined names, impossible combinations, excludes that match
-    nothing, two cells with one id or tag.
+    nothing, two cells with one id or tag. Of a damaged matrix, only what the damage cannot have caused is reported.
     """
-    problems = [*_unknown_names(matrix), *_duplicates(matrix)]
-    points, found = _points(matrix)
-    problems += found
+    points, found = _points(matrix, damage)
+    problems = [*_unknown_names(matrix, damage), *_duplicates(matrix, damage), *found]
     cells: list[tuple[str, Cell]] = []
-    for where, point in points:
+    for where, point in points if not damage.hides("indexes") else ():
         if point.base not in matrix.bases or point.variant not in matrix.variants:
             continue
         cell = _complete(matrix, where, point, facts)
@@ -298,33 +320,32 @@ def expand(matrix: Matrix, facts: Facts, *, file: str = "matrix.yaml") -> tuple[
             cells.append((where, cell))
         else:
             problems += cell
-    if not points:
-        problems.append(Problem(what="no cell is left", where="exclude", why="the entries exclude every point"))
+    if "base" not in damage.axes:  # The first base is the one that tags do not name.
+        problems += _shared_tags(cells)
+    if problems:
+        raise _refusal(problems, file)
+    return tuple(cell for _, cell in cells)
+
+
+def _shared_tags(cells: Iterable[tuple[str, Cell]]) -> Iterator[Problem]:
+    """Report each set of cells that would have one tag, once."""
     owners: dict[str, list[tuple[str, Cell]]] = defaultdict(list)
     for where, cell in cells:
         for tag in cell.tags:
             owners[tag].append((where, cell))
-    reported: set[tuple[str, ...]] = set()
+    reported: set[tuple[int, ...]] = set()
     for tag, holders in owners.items():
-        places = tuple(where for where, _ in holders)
-        if len(holders) > 1 and places not in reported:
-            reported.add(places)
-            problems.append(
-                Problem(
-                    what=f"two cells would have the tag {tag}",
-                    where=" and ".join(places),
-                    why=" and ".join(cell.id for _, cell in holders),
-                    tries=("remove one of them",),
-                )
-            )
-    if problems:
-        raise MatrixError(
-            problems=tuple(
-                Problem(what=p.what, where=f"{file}: {p.where}" if p.where else file, why=p.why, tries=p.tries)
-                for p in problems
-            )
+        same = tuple(id(cell) for _, cell in holders)
+        if len(holders) == 1 or same in reported:
+            continue
+        reported.add(same)
+        ids = list(dict.fromkeys(cell.id for _, cell in holders))
+        yield Problem(
+            what=f"{len(holders) if len(holders) > 2 else 'two'} cells would have the tag {tag}",
+            where=" and ".join(where for where, _ in holders),
+            why=f"they are the same cell, {ids[0]}" if len(ids) == 1 else " and ".join(ids),
+            tries=("remove one of them",),
         )
-    return tuple(cell for _, cell in cells)
 
 
 def select(cells: Iterable[Cell], patterns: Sequence[str]) -> tuple[Cell, ...]:
@@ -347,7 +368,9 @@ def select(cells: Iterable[Cell], patterns: Sequence[str]) -> tuple[Cell, ...]:
                 Problem(
                     what=f"no cell matches {pattern!r}",
                     why=f"the matrix has {len(cells)} cells",
-                    tries=tuple(difflib.get_close_matches(pattern, names, 3, 0.4))
+                    tries=tuple(
+                        difflib.get_close_matches(pattern[:200], [n for known in names.values() for n in known], 3, 0.4)
+                    )
                     or ("`torchyard matrix` lists them; quote patterns: 'torch2.8*'",),
                 )
                 for pattern in lost
@@ -357,196 +380,40 @@ def select(cells: Iterable[Cell], patterns: Sequence[str]) -> tuple[Cell, ...]:
     return tuple(cell for cell in cells if cell.id in wanted)
 
 
-# --------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------- the file
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also refuses what YAML lets pass: repeated keys, aliases and deep nesting."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self.problems: list[Problem] = []
-        self._depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 (PyYAML's)
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            self.problems.append(
-                Problem(
-                    what=f"alias *{event.anchor} is not allowed",
-                    where=f"line {event.start_mark.line + 1}",
-                    why="aliases can blow a small file up to gigabytes, and hide what a cell is made of",
-                    tries=("write the value out",),
-                )
-            )
-        self._depth += 1
-        if self._depth > 20:
-            raise yaml.YAMLError("nested more than 20 levels deep")
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self._depth -= 1
-
-    def find_duplicates(self, node: yaml.Node | None, path: str = "") -> None:
-        """Report repeated keys below `node`; aliases were reported, so no node is visited twice for long."""
-        if isinstance(node, yaml.MappingNode):
-            seen: dict[str, int] = {}
-            for key, value in node.value:
-                name = str(key.value)
-                where = f"{path}.{name}" if path else name
-                line = key.start_mark.line + 1
-                if name in seen:
-                    self.problems.append(
-                        Problem(
-                            what=f"the key {name!r} stands here twice",
-                            where=where,
-                            why=f"lines {seen[name]} and {line}; YAML would silently keep the last",
-                        )
-                    )
-                seen.setdefault(name, line)
-                self.find_duplicates(value, where)
-        elif isinstance(node, yaml.SequenceNode):
-            for number, value in enumerate(node.value):
-                self.find_duplicates(value, f"{path}[{number}]")
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f". Did you mean {close[0]!r}?" if close else ""
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """Return the keys allowed in the mapping that holds the last item of `location`."""
-    model: type[BaseModel] = Matrix
-    steps: Mapping[str, type[BaseModel]] = {
-        "axes": Axes,
-        "exclude": Exclude,
-        "include": Include,
-        "indexes": Index,
-        "when": Selector,
-        "variants": Variant,
-        "bootstrap": BootstrapBase,
-        "image": ImageBase,
-    }
-    for step in location[:-1]:
-        model = steps.get(str(step), model)
-    return list(model.model_fields)
-
-
-def _path(location: Sequence[str | int]) -> str:
-    """Spell pydantic's location as a path in the file; the names of union branches are not in the file."""
-    text = ""
-    for step in location:
-        if isinstance(step, int):
-            text += f"[{step}]"
-        elif not re.match(r"(function-|constrained-|tuple\[|str$|literal\[)", step) and step != "[key]":
-            text += f".{step}" if text else step
-    return text
-
-
-def _problems_of(error: ValidationError) -> Iterator[Problem]:
-    seen: set[str] = set()
-    for item in error.errors(include_url=False):
-        location = list(item["loc"])
-        if len(location) > 2 and location[0] == "bases" and location[2] in ("bootstrap", "image"):
-            shown = [*location[:2], *location[3:]]
-        else:
-            shown = location
-        where, kind, value = _path(shown), item["type"], item.get("input")
-        why = ""
-        tries: tuple[str, ...] = ()
-        if kind == "extra_forbidden":
-            name = str(location[-1])
-            what = f"unknown key {name!r}{_did_you_mean(name, _known_keys(location))}"
-            why = f"known here: {', '.join(_known_keys(location))}"
-        elif kind == "missing":
-            what = "is missing"
-        elif kind == "too_short":
-            what = "is empty: at least one value is needed"
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and kind.startswith("string"):
-            what = f"{value!r} is a number, not a version"
-            why, tries = "YAML reads 2.10 as the number 2.1", ("write it in quotes",)
-        elif kind == "string_pattern_mismatch":
-            what = f"{str(value)!r} is not allowed here"
-            why = f"it must match {item['ctx']['pattern']}"
-        else:
-            what = f"{item['msg'].removeprefix('Value error, ')} (found {_short(value)})"
-        if "reason" in where.rsplit(".", 1)[-1] and kind == "missing":
-            why = "every exclusion says why it is made"
-        # A value that fits no branch of a union (one value, or a list) is reported once per branch: once is enough.
-        if kind != "extra_forbidden" and where in seen:
-            continue
-        seen.add(where)
-        yield Problem(what=what, where=where, why=why, tries=tries)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _refusal(problems: Iterable[Problem], file: str) -> MatrixError:
+    return MatrixError(
+        problems=tuple(
+            replace(problem, where=f"{file}: {problem.where}" if problem.where else file) for problem in problems
+        )
+    )
 
 
 def parse(text: str, *, file: str = "matrix.yaml") -> Matrix:
-    """Read the file's text; raises MatrixError with every problem at once."""
-
-    def refuse(problems: Iterable[Problem]) -> MatrixError:
-        return MatrixError(
-            problems=tuple(
-                Problem(what=p.what, where=f"{file}: {p.where}" if p.where else file, why=p.why, tries=p.tries)
-                for p in problems
-            )
-        )
-
-    if len(text.encode()) > MAX_FILE_BYTES:
-        raise refuse([Problem(what=f"larger than {MAX_FILE_BYTES} bytes")])
-    try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            loader.find_duplicates(node)
-            if any(problem.what.startswith("alias") for problem in loader.problems):
-                raise refuse(loader.problems)
-            raw = loader.construct_document(node) if node is not None else None
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise refuse([Problem(what="not valid YAML", where=where, why=str(getattr(error, "problem", error)))]) from None
-    except (ValueError, RecursionError, OverflowError) as error:  # such as an impossible date, or !!int of a word
-        raise refuse([Problem(what="not valid YAML", why=str(error).splitlines()[0])]) from None
-    try:
-        if not isinstance(raw, dict):
-            raise refuse([*loader.problems, Problem(what="not a mapping", why="the file is empty or a single value")])
-        matrix = Matrix.model_validate(_tuples(raw))
-    except ValidationError as error:
-        raise refuse([*loader.problems, *_problems_of(error)]) from None
-    if loader.problems:
-        raise refuse(loader.problems)
+    """Read the file's text; raises MatrixError with everything that is wrong with it by itself."""
+    matrix, _, problems = read(text)
+    if problems or matrix is None:
+        raise _refusal(problems, file)
     return matrix
 
 
-def _tuples(value: object) -> object:
-    """Make lists tuples: the models are frozen and strict, and a strict tuple is not a list."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def cells(text: str, facts: Facts, *, file: str = "matrix.yaml") -> tuple[Cell, ...]:
+    """Read the file's text and expand it; raises MatrixError with every problem at once."""
+    matrix, damage, problems = read(text)
+    found: tuple[Cell, ...] = ()
+    refusals = [_refusal(problems, file)] if problems else []
+    if matrix is not None:
+        try:
+            found = expand(matrix, facts, file=file, damage=damage)
+        except MatrixError as error:
+            refusals.append(error)
+    if refusals:
+        raise MatrixError(problems=tuple(problem for error in refusals for problem in error.problems))
+    return found
 
 
 def load(path: Path) -> Matrix:
     """Read the file; raises MatrixError if it is missing, unreadable or wrong."""
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise MatrixError(
-            f"{path} does not exist",
-            tries=("run torchyard where matrix.yaml lies, or name it with --matrix",),
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise MatrixError(f"{path} cannot be read", why=str(error)) from None
-    return parse(text, file=path.name)
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of the file, for editors."""
-    schema = Matrix.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "torchyard matrix"}
+    return parse(text_of(path), file=path.name)

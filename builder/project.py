@@ -16,10 +16,13 @@ from builder.errors import LockError, Problem, TorchyardError
 from builder.facts import Facts
 from builder.lock import Lock
 from builder.matrix import Cell
+from builder.reading import text_of
 from builder.render import Plan
-from builder.schema import BootstrapBase, Matrix
+from builder.schema import BootstrapBase
 from builder.store import write_atomically
 
+CATALOGUE_BEGIN = "<!-- images: written by `torchyard render` -->"
+CATALOGUE_END = "<!-- /images -->"
 GENERATED = ("Dockerfile", "image.json", "pylock.toml", "requirements.txt")
 
 
@@ -40,19 +43,14 @@ class Project:
         return self.root / "images"
 
     @cached_property
-    def matrix(self) -> Matrix:
-        """The matrix; raises MatrixError if it is wrong."""
-        return matrices.load(self.matrix_path)
-
-    @cached_property
     def facts(self) -> Facts:
         """What is known of torch, CUDA and GPUs."""
         return Facts.load()
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
-        """All cells of the matrix."""
-        return matrices.expand(self.matrix, self.facts, file=self.matrix_path.name)
+        """All cells of the matrix; raises MatrixError with everything that is wrong with it."""
+        return matrices.cells(text_of(self.matrix_path), self.facts, file=self.matrix_path.name)
 
     def select(self, patterns: Sequence[str]) -> tuple[Cell, ...]:
         """Return the cells that match a pattern, all if there is none."""
@@ -83,7 +81,7 @@ class Project:
         if not isinstance(cell.base, BootstrapBase):
             return None
         path = self.base_lock_path(cell)
-        tries = (f"torchyard lock '{cell.id}'",)
+        tries = ("torchyard lock",)
         try:
             text = path.read_text("utf-8")
         except FileNotFoundError:
@@ -137,7 +135,43 @@ class Project:
     def _is_lone_lock(path: Path, known: set[str]) -> bool:
         return path.name not in known and path.name != "bases" and [p.name for p in path.iterdir()] == ["pylock.toml"]
 
+    def stale_catalogue(self) -> tuple[Problem, ...]:
+        """Return the README as a problem if its table of images is not the matrix'."""
+        if self._readme() == self._readme_with_table():
+            return ()
+        return (
+            Problem(what="its table of images is not the matrix'", where=str(self.readme), tries=("torchyard render",)),
+        )
+
+    @property
+    def readme(self) -> Path:
+        """The file whose marked section holds the table of images, if the project wants one."""
+        return self.root / "README.md"
+
+    def _readme(self) -> str:
+        try:
+            return self.readme.read_text("utf-8")
+        except (OSError, UnicodeDecodeError):
+            return ""
+
+    def _readme_with_table(self) -> str:
+        text = self._readme()
+        before, begin, rest = text.partition(CATALOGUE_BEGIN)
+        _, end, after = rest.partition(CATALOGUE_END)
+        if not (begin and end):
+            return text
+        table = renders.catalogue(self.cells, self.facts, templates=renders.templates_of(self.root))
+        return f"{before}{begin}\n{table}{end}{after}"
+
     # ------------------------------------------------------------------ writing
+
+    def write_catalogue(self) -> bool:
+        """Write the table of images into the README, between its marks; returns whether that changed it."""
+        text = self._readme_with_table()
+        if text == self._readme():
+            return False
+        write_atomically(self.readme, text.encode())
+        return True
 
     def write_lock(self, cell: Cell, lock: Lock) -> None:
         """Write a cell's lock."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -13,6 +14,8 @@ from builder.render import PREFIX, Plan
 
 TIMEOUT_S = 300.0
 """Importing torch from a cold disk takes tens of seconds on a busy machine; a hang takes for ever."""
+SCHEMA = 1
+"""Of what `validate/facts.py` writes."""
 _SCRIPT = "/tmp/torchyard-facts.py"  # noqa: S108 (inside a container of its own)
 _OUTPUT = "/tmp/torchyard-facts.json"  # noqa: S108
 
@@ -29,7 +32,7 @@ _WHAT = {
 def observe(plan: Plan, digest: str, runner: Runner) -> Mapping[str, Any]:
     """Run `validate/facts.py` in a container of the image and return what it wrote.
 
-    Raises CellFailedError if it ended without facts; what it printed is in the error.
+    Raises CellFailedError if it ended without facts, or badly after them; what it printed is in the error.
     """
     script = resources.files("validate").joinpath("facts.py").read_bytes()
     result = runner.run(
@@ -39,23 +42,37 @@ def observe(plan: Plan, digest: str, runner: Runner) -> Mapping[str, Any]:
         collect=[_OUTPUT],
         timeout_s=TIMEOUT_S,
     )
-    try:
+    found: object = None
+    with contextlib.suppress(KeyError, ValueError):
         found = json.loads(result.files[_OUTPUT])
-    except (KeyError, ValueError):
+    if result.exit_code != 0 or not _is_report(found):
         why = f"no answer within {TIMEOUT_S:.0f} s" if result.exit_code == 124 else f"exit code {result.exit_code}"
+        if result.exit_code == 0:
+            why += ", but what it wrote are no facts"
         raise CellFailedError(
             f"{plan.cell.id}: the image could not say what it is",
             where=digest,
             why="\n".join([why, *result.log.splitlines()[-15:]]),
-        ) from None
+        )
     assert isinstance(found, dict)
     return found
 
 
+def _is_report(found: object) -> bool:
+    """Tell whether an image wrote what `validate/facts.py` writes; it is data of somebody else."""
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        return False
+    facts, errors = found.get("facts"), found.get("errors")
+    return isinstance(facts, dict) and all(
+        isinstance(texts, dict) and all(isinstance(text, str) for text in texts.values())
+        for texts in (errors, facts.get("packages", {}))
+    )
+
+
 def differences(plan: Plan, observed: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield every way in which the image is not what its cell declares; a fact that is missing is a difference."""
-    facts: Mapping[str, Any] = observed.get("facts", {})
-    errors: Mapping[str, str] = observed.get("errors", {})
+    facts: Mapping[str, Any] = observed["facts"]
+    errors: Mapping[str, str] = observed["errors"]
     expected = plan.expectation
     for name, what in _WHAT.items():
         declared: Any = getattr(expected, name)

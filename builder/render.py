@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import FileSystemLoader, StrictUndefined
+from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from packaging.version import Version
 
 from builder import lock as locks
 from builder.base import BaseLock
-from builder.errors import LockError, Problem
-from builder.facts import cudnn_number
+from builder.errors import LockError, MatrixError, Problem
+from builder.facts import CPU, Cuda, Facts, cudnn_number
 from builder.lock import Lock
 from builder.matrix import Cell
 from builder.schema import BootstrapBase
@@ -79,6 +82,14 @@ class Plan:
     """Seconds since 1970 that stand for every time in the image."""
     files: Mapping[str, bytes]
     """The content of images/<cell>/, by name."""
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of all that decides what the image is: its files and the base's lock."""
+        content = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
+        if self.base_lock is not None:
+            content["base"] = self.base_lock.digest
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _configuration(cell: Cell, expectation: Expectation) -> ImageConfig:
@@ -190,23 +201,37 @@ def _environment(templates: Path) -> ImmutableSandboxedEnvironment:
     return environment
 
 
+def _printed(templates: Path, name: str, **values: object) -> str:
+    """Render a template; raises MatrixError naming its line if it asks for what is not there, or is not whole."""
+    try:
+        return _environment(templates).get_template(name).render(**values)
+    except (TemplateError, TypeError) as error:
+        line = getattr(error, "lineno", None)
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename == str(templates / name):
+                line = frame.lineno
+        raise MatrixError(
+            "the template cannot be rendered",
+            where=f"{templates / name}: line {line}" if line else str(templates / name),
+            why=str(error).partition("\n")[0],
+        ) from error
+
+
 def render(cell: Cell, lock: Lock, base_lock: BaseLock | None, *, templates: Path) -> Plan:
     """Return the plan of the cell; the same inputs give the same bytes."""
     expectation = expectation_of(cell, lock)
     config = _configuration(cell, expectation)
     epoch = max(lock.epoch, base_lock.epoch if base_lock else 0)
-    dockerfile = (
-        _environment(templates)
-        .get_template("Dockerfile.j2")
-        .render(
-            cell=cell,
-            base=cell.base,
-            config=config,
-            epoch=epoch,
-            prefix=PREFIX,
-            image_json=IMAGE_JSON,
-            directory=f"images/{cell.id}",
-        )
+    dockerfile = _printed(
+        templates,
+        "Dockerfile.j2",
+        cell=cell,
+        base=cell.base,
+        config=config,
+        epoch=epoch,
+        prefix=PREFIX,
+        image_json=IMAGE_JSON,
+        directory=f"images/{cell.id}",
     )
     declared = image_json(cell, lock, base_lock, config=config, expectation=expectation, epoch=epoch)
     return Plan(
@@ -223,6 +248,28 @@ def render(cell: Cell, lock: Lock, base_lock: BaseLock | None, *, templates: Pat
             "requirements.txt": locks.requirements_txt(lock).encode(),
         },
     )
+
+
+def catalogue(cells: Iterable[Cell], facts: Facts, *, templates: Path) -> str:
+    """Return the table of images for people, in Markdown; drivers are those that suffice by minor compatibility."""
+    rows = []
+    for cell in cells:
+        cuda: Cuda = CPU if cell.cuda == CPU else Version(cell.cuda)
+        driver = facts.driver_floor(cuda)
+        rows.append(
+            {
+                "tag": cell.tags[0],
+                "torch": cell.torch,
+                "cuda": cell.cuda,
+                "cudnn": f"{cell.cudnn}{'' if cell.cudnn_is_stock else ' (override)'}" if cell.cudnn else "-",
+                "nccl": cell.nccl or "-",
+                "python": cell.python,
+                "base": cell.base_name,
+                "driver": f"≥ {driver}" if driver else "-",
+                "gpus": ", ".join(sorted(cell.architectures, key=lambda name: (len(name), name))) or "-",
+            }
+        )
+    return _printed(templates, "catalogue.md.j2", rows=rows)
 
 
 def differences(plan: Plan, directory: Path) -> tuple[Problem, ...]:

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar, Union
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+)
 
 AXES = ("torch", "cuda", "cudnn", "base", "variant", "platform")
 
 # Every value that can reach a Dockerfile, a shell or a file name has an anchored pattern of its own, so nothing
 # in the file can inject into either: no field admits a quote, `$`, backtick, brace, backslash or line break.
 
+WORDS: dict[str, str] = {}
+"""What a pattern admits, in words, by pattern: people are told this and not the pattern."""
 
-def _matching(pattern: str, *, max_length: int = 200) -> StringConstraints:
-    return StringConstraints(pattern=rf"^(?:{pattern})$", max_length=max_length, strict=True)
+
+def _matching(pattern: str, words: str, *, max_length: int = 200) -> StringConstraints:
+    anchored = rf"^(?:{pattern})$"
+    WORDS[anchored] = words
+    return StringConstraints(pattern=anchored, max_length=max_length, strict=True)
 
 
 def _requirement(value: str) -> str:
     try:
         requirement = Requirement(value)
-    except InvalidRequirement as error:
-        raise ValueError(f"not a requirement: {error}".splitlines()[0]) from None
+    except InvalidRequirement:
+        raise ValueError(_REQUIREMENT) from None
     if requirement.url or requirement.marker:
-        raise ValueError("a requirement here is a name with an optional version range: no URL and no marker")
+        raise ValueError(_REQUIREMENT)
     return value
 
 
@@ -34,48 +49,154 @@ def _range(value: str) -> str:
         try:
             SpecifierSet(value)
         except InvalidSpecifier:
-            raise ValueError("not a version or a range of versions such as '>=2.9,<2.12'") from None
+            raise ValueError("a range of versions is written like '>=2.9,<2.12' or '==2.8.*'") from None
+    return value
+
+
+def _visible(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError(_SENTENCE)
+    return value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):  # which equals 1, in Python
+        raise ValueError("it is a number")  # noqa: TRY004 (pydantic's way)
+    return value
+
+
+def _moment(value: str) -> str:
+    try:
+        datetime.fromisoformat(value)
+    except ValueError as error:
+        raise ValueError(f"there is no such day or time: {error}") from None
     return value
 
 
 _N = r"(?:0|[1-9][0-9]{0,5})"
 _PATH = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_REQUIREMENT = "a package is a name with an optional version, without spaces, URL or marker: numpy, numpy>=2,<3"
 
-Name = Annotated[str, _matching(r"[a-z][a-z0-9]{0,30}")]
-IndexName = Annotated[str, _matching(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*", max_length=60)]
-TorchVersion = Annotated[str, _matching(rf"{_N}\.{_N}\.{_N}")]
-TorchRange = Annotated[str, _matching(rf"{_N}\.{_N}\.{_N}|[<>=!~][0-9A-Za-z.*<>=!~, ]+"), AfterValidator(_range)]
-CudaVersion = Annotated[str, _matching(rf"cpu|{_N}\.{_N}")]
-CudaRange = Annotated[str, _matching(rf"cpu|{_N}\.{_N}|[<>=!~][0-9.*<>=!~, ]+"), AfterValidator(_range)]
-CudnnChoice = Annotated[str, _matching(rf"stock|{_N}(?:\.{_N}){{3}}")]
-PythonVersion = Annotated[str, _matching(rf"3\.{_N}")]
+Name = Annotated[str, _matching(r"[a-z][a-z0-9]{0,30}", "a name is at most 31 small letters and digits: bookworm")]
+IndexName = Annotated[
+    str,
+    _matching(
+        r"[a-z][a-z0-9]*(?:-[a-z0-9]+)*",
+        "an index is named by small letters and digits with single hyphens: pytorch-cpu",
+        max_length=60,
+    ),
+]
+TorchVersion = Annotated[str, _matching(rf"{_N}\.{_N}\.{_N}", "a torch release is three numbers joined by dots: 2.8.0")]
+TorchRange = Annotated[
+    str,
+    _matching(
+        rf"{_N}\.{_N}\.{_N}|[<>=!~][0-9A-Za-z.*<>=!~, ]+",
+        "it is a torch release such as 2.8.0, or a range such as '>=2.9,<2.12' or '==2.8.*'",
+    ),
+    AfterValidator(_range),
+]
+CudaVersion = Annotated[str, _matching(rf"cpu|{_N}\.{_N}", "it is CUDA's major and minor version such as 12.8, or cpu")]
+CudaRange = Annotated[
+    str,
+    _matching(
+        rf"cpu|{_N}\.{_N}|[<>=!~][0-9.*<>=!~, ]+",
+        "it is CUDA's major and minor version such as 12.8, a range such as '>=12.6,<13', or cpu",
+    ),
+    AfterValidator(_range),
+]
+CudnnChoice = Annotated[
+    str,
+    _matching(
+        rf"stock|{_N}(?:\.{_N}){{3}}",
+        "it is stock (the cuDNN that torch itself pins), or a full version such as 9.16.0.29",
+    ),
+]
+PythonVersion = Annotated[str, _matching(rf"3\.{_N}", "it is Python's major and minor version: 3.11")]
 PlatformName = Literal["linux/amd64", "linux/arm64"]
-DebName = Annotated[str, _matching(r"[a-z0-9][a-z0-9+.-]+")]
-PackageName = Annotated[str, _matching(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")]
+DebName = Annotated[str, _matching(r"[a-z0-9][a-z0-9+.-]+", "a Debian package is a name without a version: libc6-dev")]
+PackageName = Annotated[
+    str, _matching(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?", "a package is a name without a version: torch")
+]
 PackageRequirement = Annotated[
     str,
-    _matching(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:\[[A-Za-z0-9._,-]+\])?(?:[<>=!~]=?[A-Za-z0-9.*+!<>=~,_-]+)?"),
+    _matching(
+        r"[A-Za-z0-9][A-Za-z0-9._-]*(?:\[[A-Za-z0-9._,-]+\])?(?:[<>=!~]=?[A-Za-z0-9.*+!<>=~,_-]+)?", _REQUIREMENT
+    ),
     AfterValidator(_requirement),
 ]
-Sentence = Annotated[str, _matching(r"[^\x00-\x1f\x7f\"`$\\{}]{1,400}", max_length=400)]
-EnvName = Annotated[str, _matching(r"[A-Z_][A-Z0-9_]*")]
-EnvValue = Annotated[str, _matching(r"[A-Za-z0-9 _.,:;/@%+=~-]*", max_length=1000)]
-AbsolutePath = Annotated[str, _matching(r"/[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")]
-IndexUrl = Annotated[str, _matching(r"https?://[A-Za-z0-9.-]+(?::[0-9]+)?(?:/[A-Za-z0-9._~+-]+)*/?", max_length=400)]
-Repository = Annotated[str, _matching(rf"{_PATH}(?:/{_PATH})*")]
+_SENTENCE = (
+    "it is one line of 1 to 400 visible characters, without double quotes, backticks, dollar signs, backslashes "
+    "and braces"
+)
+# Prose may hold an apostrophe; it only ever stands between double quotes. What cannot be seen (or turns the direction
+# of writing) would let a reviewer read something else than what is there.
+Sentence = Annotated[
+    str,
+    _matching(r'[^\x00-\x1f\x7f-\x9f"`$\\{}]{1,400}', _SENTENCE, max_length=400),
+    AfterValidator(_visible),
+]
+EnvName = Annotated[
+    str, _matching(r"[A-Z_][A-Z0-9_]*", "an environment variable is capital letters, digits and underscores: MY_VAR")
+]
+EnvValue = Annotated[
+    str,
+    _matching(
+        r"[A-Za-z0-9 _.,:;/@%+=~-]*",
+        "a value is letters, digits, spaces and any of _ . , : ; / @ % + = ~ -",
+        max_length=1000,
+    ),
+]
+AbsolutePath = Annotated[
+    str, _matching(r"/[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*", "it is an absolute path: /usr/bin/tini")
+]
+IndexUrl = Annotated[
+    str,
+    _matching(
+        r"https?://[A-Za-z0-9.-]+(?::[0-9]+)?(?:/[A-Za-z0-9._~+-]+)*/?",
+        "it is an http or https address without user, password, query or fragment",
+        max_length=400,
+    ),
+]
+Repository = Annotated[
+    str,
+    _matching(
+        rf"{_PATH}(?:/{_PATH})*",
+        "a repository is small letters and digits, joined by single . _ / or hyphens, without registry and tag: "
+        "team/torchyard",
+    ),
+]
 ImageReference = Annotated[
     str,
     _matching(
         rf"(?:[A-Za-z0-9.-]+(?::[0-9]+)?/)?{_PATH}(?:/{_PATH})*(?::[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}})?"
         r"@sha256:[0-9a-f]{64}",
+        "an image is named with its digest, because tags move: name:tag@sha256: and 64 hexadecimal digits",
         max_length=400,
     ),
 ]
-Moment = Annotated[str, _matching(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")]
+Moment = Annotated[
+    str,
+    _matching(
+        r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z",
+        "it is a moment of universal time: 2026-11-15T00:00:00Z",
+    ),
+    AfterValidator(_moment),
+]
+
+ONE, SEVERAL = "<one>", "<several>"
+"""Names of the branches of `Some`; nothing in the file can be called so."""
+
+
+def _branch(value: object) -> str:
+    return SEVERAL if isinstance(value, tuple) else ONE
+
 
 _T = TypeVar("_T")
 Axis = Annotated[tuple[_T, ...], Field(min_length=1)]
-Some = Union[_T, Annotated[tuple[_T, ...], Field(min_length=1)]]  # noqa: UP007 (`|` of a type variable is no alias)
+Some = Annotated[
+    Union[Annotated[_T, Tag(ONE)], Annotated[tuple[_T, ...], Field(min_length=1), Tag(SEVERAL)]],  # noqa: UP007 (`|` of a type variable is no alias)
+    Discriminator(_branch),
+]
 """One value or a list of them."""
 
 
@@ -171,7 +292,7 @@ class Axes(_Model):
 class Matrix(_Model):
     """The image family."""
 
-    version: Literal[1] = Field(description="version of this file's format")
+    version: Annotated[Literal[1], BeforeValidator(_number)] = Field(description="version of this file's format")
     repository: Repository = Field(description="what stands before the tag: repository name, without registry")
     exclude_newer: Moment = Field(description="packages uploaded later are not considered when locking")
     bases: Mapping[Name, Annotated[BootstrapBase | ImageBase, Field(discriminator="kind")]] = Field(min_length=1)
@@ -180,3 +301,20 @@ class Matrix(_Model):
     axes: Axes
     exclude: tuple[Exclude, ...] = ()
     include: tuple[Include, ...] = ()
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of the file, for editors; what a pattern means is said in words."""
+
+    def described(value: Any) -> Any:  # noqa: ANN401 (any JSON)
+        if isinstance(value, list):
+            return [described(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        words = WORDS.get(str(value.get("pattern")))
+        return {key: described(item) for key, item in value.items()} | (
+            {"description": words} if words and "description" not in value else {}
+        )
+
+    schema: dict[str, Any] = described(Matrix.model_json_schema())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "torchyard matrix"}

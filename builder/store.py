@@ -50,8 +50,11 @@ def _named_enospc(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Replace `path` by `content` so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
+    directory = os.open(path.parent, os.O_RDONLY)
     try:
+        # One writer at a time, of all threads and processes: what a killed one left under the name is overwritten.
+        fcntl.flock(directory, fcntl.LOCK_EX)
         with _named_enospc(path):
             with temporary.open("wb") as file:
                 file.write(content)
@@ -59,8 +62,12 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
                 os.fsync(file.fileno())
             temporary.chmod(mode)
             temporary.replace(path)
-    finally:
+            os.fsync(directory)
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(directory)
 
 
 class BlobWriter:
@@ -71,7 +78,8 @@ class BlobWriter:
 
     def __init__(self, partial: Path, final: Path, sha256: str, name: str) -> None:
         self._partial, self._final, self._sha256, self._name = partial, final, sha256, name
-        self._file = partial.open("a+b")
+        # Unbuffered: what a full disk refused must not be tried again, with another error, when the file is closed.
+        self._file = partial.open("a+b", buffering=0)
         self._file.seek(0)
         self._hash = hashlib.sha256()
         while chunk := self._file.read(_CHUNK):
@@ -80,8 +88,10 @@ class BlobWriter:
 
     def write(self, chunk: bytes) -> None:
         """Append `chunk`."""
+        rest = memoryview(chunk)
         with _named_enospc(self._partial):
-            self._file.write(chunk)
+            while rest:
+                rest = rest[self._file.write(rest) :]
         self._hash.update(chunk)
         self.offset += len(chunk)
 
@@ -92,21 +102,20 @@ class BlobWriter:
         self.offset = 0
 
     def commit(self) -> Path:
-        """Check the hash and make the blob visible; raises HashMismatchError and keeps nothing if it is wrong."""
+        """Check the hash and make the blob visible; raises HashMismatchError and starts over if it is wrong."""
         got = self._hash.hexdigest()
         if got != self._sha256:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+            size = self.offset
+            self.restart()
             raise HashMismatchError(
                 f"{self._name}: the bytes are not those that were locked",
-                why=f"expected sha256 {self._sha256}, got {got} ({self.offset} bytes)",
+                why=f"expected sha256 {self._sha256}, got {got} ({size} bytes)",
                 tries=(
                     "nothing was kept; run again if the transfer may have been damaged",
                     "if it stays, the index or a proxy serves another file under this name: do not use it",
                 ),
             )
         with _named_enospc(self._partial):
-            self._file.flush()
             os.fsync(self._file.fileno())
         self._file.close()
         self._partial.chmod(0o444)
@@ -115,6 +124,8 @@ class BlobWriter:
 
     def close(self) -> None:
         """Close without committing; what was written stays for a later resume."""
+        if not self._file.closed and not self.offset:
+            self._partial.unlink()
         self._file.close()
 
 
@@ -179,7 +190,11 @@ class Store:
         """Store `content` and return its SHA-256."""
         sha256 = hashlib.sha256(content).hexdigest()
         if not self.has(sha256, size=len(content)):
-            write_atomically(self.path(sha256), content, mode=0o444)
+            with self.writer(sha256, "content") as writer:
+                if not self.has(sha256, size=len(content)):  # another process was faster
+                    writer.restart()
+                    writer.write(content)
+                    writer.commit()
         return sha256
 
     def link(self, directory: Path, files: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import traceback
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Set
 
 SCHEMA = 1
 
@@ -35,13 +35,13 @@ def _library(stem: str) -> Optional[str]:
 
 
 def _distributions() -> Dict[str, str]:
-    """Return every installed distribution by its normalised name."""
-    return {
-        re.sub(r"[-_.]+", "-", name).lower(): distribution.version
-        for distribution in importlib.metadata.distributions()
-        for name in [distribution.metadata["Name"]]
-        if name
-    }
+    """Return the version of every installed distribution by its normalised name; of one installed twice, both."""
+    found: Dict[str, Set[str]] = {}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name:
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), set()).add(distribution.version)
+    return {name: " and ".join(sorted(versions)) for name, versions in found.items()}
 
 
 def _nccl() -> Optional[str]:

@@ -174,6 +174,8 @@ class DockerEngine:
         """Build the plan's Dockerfile hermetically: no network in any step, wheels and base from the store."""
         self.check()
         name = f"{UNPROVEN}:{plan.cell.id}"
+        with contextlib.suppress(docker.errors.ImageNotFound):
+            self.client.images.remove(name, force=True)  # a run that was killed before its proof left it
         with store.scratch(f"docker-{plan.cell.id}") as work:
             context, wheels, metadata = work / "context", work / "wheels", work / "metadata.json"
             context.mkdir()
@@ -260,6 +262,14 @@ class DockerEngine:
         except docker.errors.ImageNotFound:
             return []
 
+    def has(self, digest: str) -> bool:
+        """Tell whether the engine holds the image."""
+        try:
+            self.client.images.get(digest)
+        except docker.errors.ImageNotFound:
+            return False
+        return True
+
     def build_cache(self) -> frozenset[str]:
         """Return the ids of what BuildKit keeps at the moment."""
         command = [self._docker, "buildx", "du", "--builder", "default", "--format", "json"]
@@ -277,8 +287,9 @@ class DockerEngine:
         """
         new = sorted(self.build_cache() - since)
         if new:
-            filters = [option for name in new for option in ("--filter", f"id={name}")]
-            command = [self._docker, "buildx", "prune", "--builder", "default", "--force", "--all", *filters]
+            # One expression for all: of several --filter options with one key, buildx takes none.
+            command = [self._docker, "buildx", "prune", "--builder", "default", "--force", "--all",
+                       "--filter", f"id~=^({'|'.join(new)})$"]  # fmt: skip
             subprocess.run(command, capture_output=True, check=False)
 
 
@@ -357,4 +368,7 @@ def _innermost(error: BaseException) -> str:
             break
         cause = inner
     text = str(getattr(cause, "explanation", None) or cause).strip() or type(cause).__name__
-    return text.splitlines()[0]
+    # urllib3 puts the operating system's own error into a tuple into a string: ('Connection aborted.', ...(2, 'No such
+    # file or directory')).
+    system = re.search(r"Error\(\d+, '([^']+)'\)", text)
+    return system.group(1) if system else text.splitlines()[0]

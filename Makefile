@@ -1,0 +1,78 @@
+# Commands people type; the logic is in the package. `make` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCHYARD := $(BIN)/torchyard
+# What the commands need from the system, by Debian's names; installed only where that is allowed.
+SYSTEM := mmdebstrap
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "torchyard needs Python 3.11 or newer; name one: make PYTHON=python3.12 setup" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.PHONY: setup
+setup: $(STAMP) ## make .venv with the command line in it
+
+.PHONY: system
+system:
+	@for package in $(SYSTEM); do \
+	    command -v $$package >/dev/null && continue; \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        apt-get install -qq -y $$package >/dev/null 2>&1 \
+	            || { apt-get update -qq && apt-get install -qq -y $$package >/dev/null; }; \
+	    else \
+	        echo "note: $$package is not installed; if it is needed: sudo apt-get install $$package" >&2; \
+	    fi; \
+	done
+
+.PHONY: build-all
+build-all: setup system ## build and prove every image of matrix.yaml
+	@$(TORCHYARD) build --all
+
+.PHONY: test
+test: setup ## run the tests; those that need an engine are skipped, with the reason, where there is none
+	@$(BIN)/python -m pytest -q
+
+.PHONY: lint
+lint: setup ## check style, types, Dockerfiles, shell scripts and workflows
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/hadolint images/*/Dockerfile
+	@$(BIN)/shellcheck .ci/run .ci/engine-up .ci/engine-down
+	@$(BIN)/zizmor --offline --quiet .github/workflows
+	@$(BIN)/check-jsonschema --schemafile docs/matrix.schema.json matrix.yaml >/dev/null
+
+.PHONY: format
+format: setup ## write the code in the one format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: lock
+lock: setup ## resolve every cell and write its lock
+	@$(TORCHYARD) lock
+
+.PHONY: render
+render: setup ## write images/, the table in README.md and docs/matrix.schema.json from matrix, locks and templates
+	@$(TORCHYARD) render
+	@$(TORCHYARD) matrix --schema > docs/matrix.schema.json
+
+.PHONY: check
+check: setup ## fail if a lock is stale or a generated file is not what the matrix gives
+	@$(TORCHYARD) lock --check
+	@$(TORCHYARD) render --check
+
+.PHONY: clean
+clean: ## remove what these commands made here (the store stays: it is in the user's cache directory)
+	@rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache

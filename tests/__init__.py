@@ -1,0 +1,1 @@
+"""Tests; a package only so that they can share `tests.support`."""
