@@ -72,6 +72,8 @@ render: setup ## write images/, the table in README.md and docs/matrix.schema.js
 check: setup ## fail if a lock is stale or a generated file is not what the matrix gives
 	@$(TORCHYARD) lock --check
 	@$(TORCHYARD) render --check
+	@$(TORCHYARD) matrix --schema | diff -u docs/matrix.schema.json - \
+	    || { echo "docs/matrix.schema.json is stale: make render" >&2; exit 4; }
 
 .PHONY: clean
 clean: ## remove what these commands made here (the store stays: it is in the user's cache directory)

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 from builder import base as bases
 from builder import proof
 from builder.base import BaseImage
-from builder.engines import Steps
-from builder.engines.docker import DockerEngine
+from builder.engines import Engine, Steps
 from builder.errors import DiskError, TorchyardError
 from builder.index import Index, Progress
 from builder.render import Plan
@@ -23,7 +22,7 @@ from builder.store import Store, write_atomically
 
 # What a build through BuildKit takes at its peak, as a multiple of its wheels' size: a copy of the wheels, the
 # installed tree and the compressed layer. Measured on the 2.8.0+cu128 cell (docs/measurements.md).
-PEAK = 5.0
+PEAK = 5.5
 MARGIN_BYTES = 1 << 30
 
 
@@ -131,7 +130,7 @@ class Session:
     def __init__(
         self,
         *,
-        engine: DockerEngine,
+        engine: Engine,
         index: Index,
         store: Store,
         report: Reporter,

@@ -24,7 +24,7 @@ from builder import update as updates
 from builder.build import Session, build_all
 from builder.console import Console
 from builder.engines.docker import DockerEngine
-from builder.errors import CellFailedError, LockError, MatrixError, Problem, TorchyardError
+from builder.errors import CellFailedError, LockError, MatrixError, Problem, ToolError, TorchyardError
 from builder.index import Configuration, Index
 from builder.matrix import Cell
 from builder.project import Project, architecture
@@ -74,6 +74,12 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             console.error(error)
             sys.exit(error.exit_code)
+        except OSError as error:
+            # A file that may not be read or written, a disk that fails: the user's to mend, and no bug.
+            if debug:
+                raise
+            console.error(ToolError(error.strerror or str(error), where=str(error.filename or "")))
+            sys.exit(ToolError.exit_code)
         except KeyboardInterrupt:
             console.say("stopped; what is finished is kept, and the same command goes on from there")
             sys.exit(errors.InterruptedRunError.exit_code)

@@ -113,12 +113,12 @@ def describe(found: Alternative) -> str:
     return "; ".join(parts)
 
 
-def _offers(found: Sequence[Alternative]) -> tuple[str, ...]:
+def _offers(found: Sequence[Alternative], *, with_cudnn: bool = False) -> tuple[str, ...]:
     """Return the alternatives as one phrase each; a driver floor is said once for those that share it."""
     said: Driver | None = None
     phrases = []
     stock = len({(other.torch, other.cuda) for other in found}) == len(found)
-    different = len({other.cudnn.major for other in found if other.cudnn is not None}) > 1 or not stock
+    different = with_cudnn or len({other.cudnn.major for other in found if other.cudnn is not None}) > 1 or not stock
     for other in found:
         phrase = str(other)
         if different and other.cudnn is not None:
@@ -559,7 +559,7 @@ def _refused(facts: Facts, wanted: _Wanted, torch: Version, problems: Sequence[P
     """Return a refusal whose last reason ends in what does exist."""
     found = _nearest(facts, wanted, torch, wanted.cuda)
     *before, last = problems
-    last = replace(last, tries=(*_offers(found), *last.tries))
+    last = replace(last, tries=(*_offers(found, with_cudnn=wanted.cudnn is not None), *last.tries))
     return Answer(possible=False, problems=(*before, last), alternatives=found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,9 +32,14 @@ PLAIN_EVERY_S = 10.0
 """Without a terminal, a transfer reports at most this often."""
 
 
+# Lines that a CI runner obeys (GitHub's, with or without indentation), in the middle of what somebody else wrote.
+_COMMAND = re.compile(r"(?m)(^\s*:)(?=:)|(#)(?=#\[)")
+
+
 def printable(text: str) -> str:
     """Replace control characters: what an index, a package or a build prints must not steer a terminal or a CI log."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    plain = "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return _COMMAND.sub(lambda match: f"{match.group()} ", plain)
 
 
 class _Transfers:

@@ -22,7 +22,6 @@ SCHEMA: Final = 1
 FILES: Final = ("torch.toml", "cuda.toml", "gpus.toml", "cudnn.toml")
 CPU: Final = "cpu"
 Cuda = Version | Literal["cpu"]
-UPDATE_HINT: Final = "run `torchyard update`: it adds releases that are newer than these facts"
 
 _T = TypeVar("_T")
 _E = TypeVar("_E", bound=StrEnum)

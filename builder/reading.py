@@ -302,8 +302,6 @@ def _refuse_yaml(error: Exception, text: str) -> Problem:
 
 def read(text: str) -> tuple[Matrix | None, Damage, list[Problem]]:
     """Return the sound part of the file, what is not in it, and everything that is wrong."""
-    if len(text) > MAX_FILE_BYTES:
-        return None, UNDAMAGED, [Problem(what=f"larger than {MAX_FILE_BYTES} bytes")]
     try:
         loader = _Loader(text)
         try:
@@ -344,6 +342,18 @@ def judge(raw: Mapping[Any, Any]) -> tuple[Matrix | None, Damage, list[Problem]]
 _STAND_INS: Mapping[str, object] = {"version": 1, "repository": "repository", "exclude_newer": "2000-01-01T00:00:00Z"}
 
 
+def _variant_like(_: object) -> object:
+    """Return what stands in for a variant that is wrong; whether a cell can exist does not hang on it."""
+    return {"description": "wrong"}
+
+
+def _base_like(base: object) -> object:
+    """Return what stands in for a base that is wrong: one with the same Python, None if that is not known."""
+    python = base.get("python") if isinstance(base, dict) else None
+    known = isinstance(python, str) and re.fullmatch(r"3\.[0-9]{1,3}", python)
+    return {"kind": "image", "image": f"wrong@sha256:{'0' * 64}", "python": python} if known else None
+
+
 def _without(raw: Mapping[Any, Any], findings: Iterable[ErrorDetails]) -> tuple[dict[Any, Any], Damage]:
     """Leave out every entry of the matrix in which something was found."""
     lost: dict[str, set[Any]] = defaultdict(set)
@@ -375,7 +385,10 @@ def _without(raw: Mapping[Any, Any], findings: Iterable[ErrorDetails]) -> tuple[
                 for axis, values in raw["axes"].items()
             }
         elif isinstance(found, dict):
-            rest[section] = {key: value for key, value in found.items() if str(key) not in {*map(str, entries)}}
+            stand_in = _base_like if section == "bases" else _variant_like
+            bad = {str(key) for key in entries}
+            sound = {key: stand_in(value) if str(key) in bad else value for key, value in found.items()}
+            rest[section] = {key: value for key, value in sound.items() if value is not None}
             names |= {str(key) for key in found}
         elif isinstance(found, tuple):
             numbers[section] = [number for number in range(len(found)) if number not in entries]
@@ -410,7 +423,7 @@ def text_of(path: Path) -> str:
     if len(content) > MAX_FILE_BYTES:
         raise MatrixError(f"larger than {MAX_FILE_BYTES} bytes", where=path.name)
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise MatrixError(

@@ -59,6 +59,12 @@ def _visible(value: str) -> str:
     return value
 
 
+def _free(name: str) -> str:
+    if name in ("HOME", "LOGNAME", "PATH", "VIRTUAL_ENV"):
+        raise ValueError(f"{name} is set by torchyard: images would not find their own Python or home without it")
+    return name
+
+
 def _number(value: object) -> object:
     if isinstance(value, bool):  # which equals 1, in Python
         raise ValueError("it is a number")  # noqa: TRY004 (pydantic's way)
@@ -136,7 +142,9 @@ Sentence = Annotated[
     AfterValidator(_visible),
 ]
 EnvName = Annotated[
-    str, _matching(r"[A-Z_][A-Z0-9_]*", "an environment variable is capital letters, digits and underscores: MY_VAR")
+    str,
+    _matching(r"[A-Z_][A-Z0-9_]*", "an environment variable is capital letters, digits and underscores: MY_VAR"),
+    AfterValidator(_free),
 ]
 EnvValue = Annotated[
     str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from builder.base import BaseImage
@@ -71,3 +72,23 @@ class Runner(Protocol):
 
     def remove(self, digest: str) -> None:
         """Remove the image with every tag of it, and what its build left behind, giving the space back."""
+
+
+class Engine(Builder, Runner, Protocol):
+    """An engine that makes images where it also runs them, and keeps them on a disk that can fill."""
+
+    @property
+    def disk(self) -> Path | None:
+        """Directory in which the engine keeps its data, None if it is not on this machine."""
+
+    def check(self) -> None:
+        """Raise EngineError, saying what is missing, if images cannot be built here."""
+
+    def has(self, digest: str) -> bool:
+        """Tell whether the engine holds the image."""
+
+    def build_cache(self) -> frozenset[str]:
+        """Return the ids of what the engine keeps of builds at the moment."""
+
+    def forget_builds(self, *, since: frozenset[str]) -> None:
+        """Drop what the engine has kept of builds since `since`."""

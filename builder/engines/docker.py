@@ -242,10 +242,17 @@ class DockerEngine:
                 container.remove(force=True, v=True)
 
     def tag(self, digest: str, tags: Sequence[str]) -> None:
-        """Point the tags at the image and drop the name it had before its proof."""
+        """Point the tags at the image and drop the name it had before its proof.
+
+        An image that loses its last name by that is removed: it was the cell's former one, of up to 12 GB.
+        """
         image = self.client.images.get(digest)
+        former = {str(self.client.images.get(tag).id) for tag in tags if self._names(tag)} - {digest}
         for tag in tags:
             image.tag(*tag.rsplit(":", 1))
+        for old in former:
+            if not self._names(old):
+                self.remove(old)
         for name in self._names(digest):
             if name.startswith(f"{UNPROVEN}:"):
                 self.client.images.remove(name, noprune=True)
@@ -256,9 +263,9 @@ class DockerEngine:
             with contextlib.suppress(docker.errors.ImageNotFound):
                 self.client.images.remove(name, force=True)
 
-    def _names(self, digest: str) -> list[str]:
+    def _names(self, reference: str) -> list[str]:
         try:
-            return list(self.client.images.get(digest).tags)
+            return list(self.client.images.get(reference).tags)
         except docker.errors.ImageNotFound:
             return []
 
@@ -370,5 +377,5 @@ def _innermost(error: BaseException) -> str:
     text = str(getattr(cause, "explanation", None) or cause).strip() or type(cause).__name__
     # urllib3 puts the operating system's own error into a tuple into a string: ('Connection aborted.', ...(2, 'No such
     # file or directory')).
-    system = re.search(r"Error\(\d+, '([^']+)'\)", text)
-    return system.group(1) if system else text.splitlines()[0]
+    system = re.search(r"Error\(\d+, '([^']+)'\)|\[Errno -?\d+\] ([^\"')]+)", text)
+    return str(system[1] or system[2]) if system else text.splitlines()[0]

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import os
 import re
 import shutil
 import subprocess
@@ -190,11 +189,11 @@ PLANTED: Sequence[tuple[dict[str, str], str]] = [
     ({"builder.matrix": '"""D."""\nimport builder.matrix\n'}, "not to its left"),
     ({"builder.news": '"""D."""\n'}, "builder.news: has no place in the order"),
     ({"builder.matrix": "x = 1\n"}, "builder.matrix: has no docstring"),
-    ({"builder.lock": '"""D."""\nimport docker.errors\n'}, "imports docker.errors: that is for builder.engines.docker"),
+    ({"builder.lock": '"""D."""\nimport docker.errors\n'}, "imports docker.errors: that is for"),
     ({"builder.lock": '"""D."""\nfrom requests import get\n'}, "imports requests: that is for"),
     ({"builder.update": '"""D."""\nimport pypi_simple\n'}, "imports pypi_simple: that is for builder.index"),
     ({"builder.matrix": '"""D."""\nimport yaml\n'}, "imports yaml: that is for builder.reading"),
-    ({"builder.lock": '"""D."""\nimport importlib\nimportlib.import_module(name)\n'}, "imports ?: nobody knows what"),
+    ({"builder.lock": '"""D."""\nimport importlib\nimportlib.import_module(name)\n'}, "nobody knows what"),
     (
         {"builder.lock": '"""D."""\nimport importlib\nimportlib.import_module("docker")\n'},
         "imports docker: that is for",
@@ -275,12 +274,9 @@ def project_files() -> list[Path]:
     if done.returncode == 0:
         names = [name for name in done.stdout.split("\0") if name]
     else:  # a copy without its history
-        names = [
-            os.path.join(folder, name)  # noqa: PTH118 (os.walk's words)
-            for folder, folders, files in os.walk(ROOT)
-            if folders.sort() or not re.search(r"/(\.(?!ci|github)|__pycache__|build|dist)", folder[len(str(ROOT)) :])
-            for name in files
-        ]
+        hidden = r"(^|/)(\.(?!ci|github)[^/]*|__pycache__|build|dist)/"
+        names = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*")]
+        names = [name for name in names if not re.search(hidden, name)]
     return [path for path in (ROOT / name for name in names) if path.is_file()]
 
 

@@ -109,6 +109,27 @@ def test_an_image_that_lies_gets_no_tag_and_stops_nobody(tiny: Tiny, client: doc
     assert not unproven(client)
 
 
+def test_a_cell_built_again_is_reused_and_its_former_image_makes_room(tiny: Tiny, client: docker.DockerClient) -> None:
+    one = {"torch": "2.8.0", "cuda": "12.8"}
+    project = tiny.write(repository=REPOSITORY, include=[one])
+    tiny.serve_cells(project)
+    assert tiny.run("lock").code == 0
+    assert tiny.run("render").code == 0
+    (first,) = tiny.run("build", "--all", "--json").document
+    (again,) = tiny.run("build", "--all", "--json").document
+    assert first["reused"] is False
+    assert again["reused"] is True
+    assert again["digest"] == first["digest"]
+    changed = {"runtime": {"description": "another", "packages": ["numpy"]}}
+    (cell,) = tiny.write(repository=REPOSITORY, include=[one], variants=changed).cells
+    assert tiny.run("render").code == 0
+    (other,) = tiny.run("build", "--all", "--json").document
+    assert other["reused"] is False
+    assert client.images.get(cell.tags[0]).id == other["digest"] != first["digest"]
+    with pytest.raises(docker.errors.ImageNotFound):
+        client.images.get(first["digest"])
+
+
 def test_a_failing_step_shows_its_own_last_lines(tiny: Tiny, client: docker.DockerClient) -> None:
     project = tiny.write(repository=REPOSITORY, include=[{"torch": "2.8.0", "cuda": "12.8"}])
     (cell,) = project.cells

@@ -716,6 +716,25 @@ def test_what_is_sound_is_judged_beside_what_is_not() -> None:
     ]
 
 
+def test_the_only_base_and_variant_may_be_what_is_wrong() -> None:
+    document = full()
+    document["bases"] = {"bookworm": {**FULL["bases"]["bookworm"], "suite": "$(id)"}}
+    document["variants"] = {"runtime": {"description": "$(id)"}}
+    document["include"] = [{"torch": "2.8.0", "cuda": "12.1"}, {"torch": "2.8.0", "cuda": "12.8", "base": "boookworm"}]
+    assert [place.partition(" (")[0] for place in where(document)] == [
+        "bases.bookworm.suite",
+        "variants.runtime.description",
+        "include[1].base",
+        "include[0]",
+    ]
+
+
+def test_an_override_that_cannot_be_is_refused_with_the_stock_one() -> None:
+    problem = only(changed("include", 0, to={"torch": "2.8.0", "cuda": "12.8", "cudnn": "8.9.2.26"}))
+    assert "cuDNN 8.9.2.26 cannot replace it" in problem.what
+    assert problem.tries[0].startswith("torch 2.8.0 + CUDA 12.8 + cuDNN 9.10.2.21")
+
+
 def test_entries_keep_their_numbers_beside_bad_ones() -> None:
     document = full()
     document["exclude"] = [{"torch": 5, "reason": "x"}, *document["exclude"], {"torch": "2.99.0", "reason": "never"}]
@@ -746,6 +765,9 @@ def test_entries_keep_their_numbers_beside_bad_ones() -> None:
         (changed("indexes", 0, "name", to="A"), ["indexes[0].name"]),
         # A bad value may be the one that an exclude is meant for, or that an include takes.
         (changed("axes", "torch", 0, to=2.7), ["axes.torch[0]"]),
+        (changed("axes", "torch", 0, to=2.7) | {"include": [{"cuda": "11.8"}]}, ["axes.torch[0]"]),
+        # Of values that are all wrong, none is left, but the axis is not empty.
+        (changed("axes", "platform", to=["linux/x86_64"]), ["axes.platform[0]"]),
     ],
 )
 def test_a_mistake_is_not_reported_by_its_consequences(document: object, expected: Sequence[str]) -> None:
@@ -814,3 +836,10 @@ def test_any_damage_to_the_shipped_file_is_answered(data: st.DataObject) -> None
     start = data.draw(st.integers(0, len(text)))
     stop = data.draw(st.integers(start, min(len(text), start + 80)))
     survives(text[:start] + data.draw(st.text(max_size=10)) + text[stop:])
+
+
+@pytest.mark.parametrize("name", ["HOME", "LOGNAME", "PATH", "VIRTUAL_ENV"])
+def test_a_variant_cannot_take_what_images_stand_on(name: str) -> None:
+    problem = only(changed("variants", "runtime", "env", to={name: "elsewhere"}))
+    assert problem.where.startswith("matrix.yaml: variants.runtime.env")
+    assert name in problem.what
