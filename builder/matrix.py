@@ -77,9 +77,16 @@ class Cell:
     platform: str
     indexes: tuple[Index, ...]
     """Explicit indexes that apply; packages not named there come from the user's default index."""
-    tags: tuple[str, ...]
-    """Full references without registry, the primary one first."""
+    repository: str
+    """What stands before a tag, without registry."""
+    tag_names: tuple[str, ...]
+    """Tags alone, the primary one first."""
     exclude_newer: datetime
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Full references without registry, the primary one first."""
+        return tuple(f"{self.repository}:{name}" for name in self.tag_names)
 
     @property
     def python(self) -> str:
@@ -298,7 +305,8 @@ def _complete(matrix: Matrix, where: str, point: Point, facts: Facts) -> Cell | 
         variant=matrix.variants[point.variant],
         platform=point.platform,
         indexes=indexes,
-        tags=(f"{matrix.repository}:{short}", f"{matrix.repository}:{identity}"),
+        repository=matrix.repository,
+        tag_names=(short, identity),
         exclude_newer=datetime.fromisoformat(matrix.exclude_newer),
     )
 
@@ -356,7 +364,7 @@ def select(cells: Iterable[Cell], patterns: Sequence[str]) -> tuple[Cell, ...]:
     cells = tuple(cells)
     if not patterns:
         return cells
-    names = {cell.id: (cell.id, *cell.tags, *(tag.split(":", 1)[1] for tag in cell.tags)) for cell in cells}
+    names = {cell.id: (cell.id, *cell.tags, *cell.tag_names) for cell in cells}
     chosen = {
         pattern: {i for i, known in names.items() if any(fnmatchcase(n, pattern) for n in known)}
         for pattern in patterns

@@ -121,7 +121,7 @@ def _configuration(cell: Cell, expectation: Expectation) -> ImageConfig:
         labels={
             "org.opencontainers.image.title": title,
             "org.opencontainers.image.description": cell.variant.description,
-            "org.opencontainers.image.version": cell.tags[0].partition(":")[2],
+            "org.opencontainers.image.version": cell.tag_names[0],
             "torchyard.cell": cell.id,
             **{f"torchyard.{name}": value for name, value in versions.items() if value is not None},
         },
