@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCHYARD := $(BIN)/torchyard
 # What the commands need from the system, by Debian's names; installed only where that is allowed.
-SYSTEM := mmdebstrap
+SYSTEM := python3-venv mmdebstrap
 
 .DEFAULT_GOAL := help
 
@@ -14,10 +14,10 @@ SYSTEM := mmdebstrap
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml | system
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "torchyard needs Python 3.11 or newer; name one: make PYTHON=python3.12 setup" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
@@ -26,9 +26,10 @@ setup: $(STAMP) ## make .venv with the command line in it
 
 .PHONY: system
 system:
-	@for package in $(SYSTEM); do \
-	    command -v $$package >/dev/null && continue; \
-	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	@command -v dpkg-query >/dev/null || exit 0; \
+	for package in $(SYSTEM); do \
+	    dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' && continue; \
+	    if [ "$$(id -u)" = 0 ]; then \
 	        apt-get install -qq -y $$package >/dev/null 2>&1 \
 	            || { apt-get update -qq && apt-get install -qq -y $$package >/dev/null; }; \
 	    else \
@@ -37,7 +38,7 @@ system:
 	done
 
 .PHONY: build-all
-build-all: setup system ## build and prove every image of matrix.yaml
+build-all: setup ## build and prove every image of matrix.yaml
 	@$(TORCHYARD) build --all
 
 .PHONY: test
@@ -66,7 +67,7 @@ lock: setup ## resolve every cell and write its lock
 .PHONY: render
 render: setup ## write images/, the table in README.md and docs/matrix.schema.json from matrix, locks and templates
 	@$(TORCHYARD) render
-	@$(TORCHYARD) matrix --schema > docs/matrix.schema.json
+	@$(TORCHYARD) matrix --schema > docs/matrix.schema.json.new && mv docs/matrix.schema.json.new docs/matrix.schema.json
 
 .PHONY: check
 check: setup ## fail if a lock is stale or a generated file is not what the matrix gives

@@ -18,7 +18,7 @@ from builder.layout import canonical_json
 
 SCHEMA = 1
 
-RELOCK = "torchyard lock --base makes a new lock from what the mirror has now"
+RELOCK = "torchyard lock --bases makes a new lock from what the mirror has now"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -87,7 +87,7 @@ def dumps(lock: BaseLock) -> str:
     content = _content(lock)
     debs = content.pop("deb")
     document = {"schema": SCHEMA, "digest": f"sha256:{lock.digest}", **content, "deb": debs}
-    head = "# Made by `torchyard lock --base`. It is checked against its own digest: do not edit.\n"
+    head = "# Made by `torchyard lock --bases`. It is checked against its own digest: do not edit.\n"
     return head + tomli_w.dumps(document)
 
 

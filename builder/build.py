@@ -15,7 +15,7 @@ from builder import base as bases
 from builder import proof
 from builder.base import BaseImage
 from builder.engines import Engine, Steps
-from builder.errors import DiskError, TorchyardError
+from builder.errors import DiskError, ToolError, TorchyardError
 from builder.index import Index, Progress
 from builder.render import Plan
 from builder.store import Store, write_atomically
@@ -78,7 +78,7 @@ def fetch(plans: Iterable[Plan], index: Index, store: Store, report: Reporter) -
         with report.transfers(f"wheels · {len(missing)} of {len(wheels)}, {_gb(size)}") as progress:
             index.fetch_all(missing, store, progress)
     for lock in locks.values():
-        if any(not store.has(deb.sha256) for deb in lock.debs):
+        if any(not store.has(deb.sha256, size=deb.size) for deb in lock.debs):
             with report.transfers(f"base {lock.suite} · {len(lock.debs)} Debian packages") as progress:
                 bases.fetch(lock, store, _one_file(progress))
 
@@ -146,18 +146,24 @@ class Session:
         """Ids of the cells whose images this session has taken out of the engine again."""
 
     def build(self, plan: Plan) -> Image:
-        """Build, prove and tag one cell; an image that fails its proof is removed and gets no tag."""
+        """Build, prove and tag one cell; an image that fails its proof gets no tag and is removed.
+
+        Two runs that want the same cell wait for each other, and the second finds it done.
+        """
+        with self._store.lock(f"build-{plan.cell.id}"):
+            return self._build(plan)
+
+    def _build(self, plan: Plan) -> Image:
         started = time.monotonic()
         engine, store = self._engine, self._store
-        engine.check()
         proven = None if self._rebuild else self._proven_before(plan)
         if proven is not None:
             engine.tag(proven.digest, plan.cell.tags)
             self._held.append(proven)
             return proven
+        self._make_room(plan)
         fetch([plan], self._index, store, self._report)
         base = base_of(plan, store, self._report)
-        self._make_room(plan)
         before = engine.build_cache()
         try:
             with self._report.steps(plan.cell.id) as steps:
@@ -171,7 +177,7 @@ class Session:
                 facts = proof.prove(plan, built.digest, engine)
             engine.tag(built.digest, plan.cell.tags)
         except BaseException:
-            engine.remove(built.digest)
+            engine.discard(built.digest)
             raise
         image = Image(
             id=plan.cell.id,
@@ -221,9 +227,11 @@ class Session:
         if disk is None:
             return
         needed = PEAK * plan.lock.size + MARGIN_BYTES
+        if disk.stat().st_dev == self._store.root.stat().st_dev:
+            needed += sum(w.size for w in plan.lock.wheels if not self._store.has(w.sha256, size=w.size))
         while not self._keep and self._held and shutil.disk_usage(disk).free < needed:
             image = self._held.pop(0)
-            self._engine.remove(image.digest)
+            self._engine.untag(image.tags)
             self.removed.add(image.id)
             self._report.say(
                 f"{image.id}: proven, and removed from the engine again to make room "
@@ -232,12 +240,22 @@ class Session:
         _require(disk, needed, f"build {plan.cell.id}")
 
 
+def _built(session: Session, plan: Plan) -> Image:
+    """Build one cell; what the operating system refuses is that cell's failure, not the end of the run."""
+    try:
+        return session.build(plan)
+    except OSError as error:
+        raise ToolError(
+            f"{plan.cell.id}: {error.strerror or error}", where=str(error.filename or ""), tries=("--debug shows more",)
+        ) from error
+
+
 def build_all(plans: Iterable[Plan], session: Session, report: Reporter) -> list[Outcome]:
     """Build each plan; one that fails does not stop the others."""
     outcomes = []
     for plan in plans:
         try:
-            image = session.build(plan)
+            image = _built(session, plan)
         except TorchyardError as error:
             outcomes.append(Outcome(plan=plan, error=error))
             report.say(f"{plan.cell.id}: failed: {error.problems[0].what}")

@@ -134,14 +134,14 @@ def matrix_command(context: Context, patterns: Sequence[str], *, schema: bool) -
         click.echo(json.dumps(json_schema(), indent=2))
         return
     documents = [_cell_document(cell) for cell in context.project.select(patterns)]
+    columns = ("torch", "cuda", "cudnn", "nccl", "python", "base", "variant", "platform")
     context.console.table(
-        ("torch", "cuda", "cudnn", "nccl", "python", "base", "variant", "platform", "tag"),
+        (*columns, "tag", "id"),
         [
-            [*(str(document[key] or "-") for key in ("torch", "cuda", "cudnn", "nccl", "python", "base", "variant",
-                                                       "platform")), document["tags"][0]]
+            [*(str(document[column] or "-") for column in columns), document["tags"][0], document["id"]]
             for document in documents
         ],
-    )  # fmt: skip
+    )
     context.console.result(documents)
 
 
@@ -245,14 +245,17 @@ def lock_command(context: Context, patterns: Sequence[str], *, check: bool, agai
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         futures = [pool.submit(locks.lock_cell, cell, index) for cell in cells]
         found, failed = [], []
-        for cell, future in zip(cells, futures, strict=True):
-            try:
-                lock = future.result()
-            except TorchyardError as error:
-                failed.append(error)
-            else:
-                found.append((cell, lock))
-                console.say(f"{cell.id}: {len(lock.wheels)} wheels, {lock.size / 1e9:.2f} GB")
+        try:
+            for cell, future in zip(cells, futures, strict=True):
+                try:
+                    lock = future.result()
+                except TorchyardError as error:
+                    failed.append(error)
+                else:
+                    found.append((cell, lock))
+                    console.say(f"{cell.id}: {len(lock.wheels)} wheels, {lock.size / 1e9:.2f} GB")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for what has not begun
     if failed:
         raise type(failed[0])(problems=tuple(problem for error in failed for problem in error.problems))
     _lock_bases(context, cells, again=again)
@@ -356,7 +359,7 @@ def build_command(
             document |= asdict(outcome.image) | {"in_engine": not outcome.removed}
             document["tags"] = list(outcome.image.tags)
         if outcome.error is not None:
-            document["error"] = [str(problem) for problem in outcome.error.problems]
+            document["error"] = [asdict(problem) for problem in outcome.error.problems]
         documents.append(document)
     console.table(
         ("tag", "digest", "size", "seconds", "state"),
@@ -377,8 +380,7 @@ def build_command(
         # One cell's own failure keeps its own exit code; of several cells, "a cell failed" is the common truth.
         kind = type(failures[0]) if len(plans) == 1 else CellFailedError
         error = kind(problems=tuple(problem for failure in failures for problem in failure.problems))
-        if not console.as_json:
-            console.error(error)
+        console.problems(error)
         sys.exit(error.exit_code)
 
 

@@ -179,6 +179,10 @@ class Console:
                     ],
                 }
             )
+        self.problems(error)
+
+    def problems(self, error: TorchyardError) -> None:
+        """Print the problems for people, on standard error."""
         for problem in error.problems:
             head = Text("error ", style="bold red")
             head.append(printable(problem.what), style="bold")

@@ -70,8 +70,11 @@ class Runner(Protocol):
     def tag(self, digest: str, tags: Sequence[str]) -> None:
         """Point the tags at the image; one that points elsewhere is moved."""
 
-    def remove(self, digest: str) -> None:
-        """Remove the image with every tag of it, and what its build left behind, giving the space back."""
+    def untag(self, tags: Sequence[str]) -> None:
+        """Remove the tags; an image goes with its last name, and one that somebody named otherwise stays."""
+
+    def discard(self, digest: str) -> None:
+        """Drop an image that was not proven; one that has tags, because it was proven before, stays."""
 
 
 class Engine(Builder, Runner, Protocol):

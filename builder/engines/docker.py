@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
@@ -14,11 +15,11 @@ import subprocess
 import tarfile
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, ParamSpec, TypeVar
 
 import docker
 import docker.errors
@@ -36,6 +37,10 @@ MIN_VERSION = 25
 UNPROVEN = "torchyard-unproven"
 """Repository of the names that images bear in the engine between build and proof."""
 LAST_LINES = 25
+PROBE_S = 20
+"""How long an engine may take to say that it is there."""
+WORK_S = 600
+"""How long one of its answers may take: removing 12 GB on a busy disk takes minutes."""
 REMEDIES = (
     "start the engine of this machine: systemctl start docker, or Docker Desktop",
     "name another one: export DOCKER_HOST=ssh://user@host (or tcp://..., or Podman's socket)",
@@ -105,6 +110,25 @@ def _short_step(name: str) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _translated(method: Callable[P, R]) -> Callable[P, R]:
+    """Make every failure that docker-py reports an EngineError: its own are OSErrors, and would end a whole run."""
+
+    @functools.wraps(method)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except (docker.errors.DockerException, requests.RequestException, tarfile.TarError) as error:
+            raise EngineError(
+                "the container engine broke off", why=_innermost(error), tries=("run the same command again",)
+            ) from error
+
+    return wrapper
+
+
 class DockerEngine:
     """A Docker-compatible engine, reached as the user's environment says (DOCKER_HOST or the default socket)."""
 
@@ -114,7 +138,8 @@ class DockerEngine:
     def client(self) -> docker.DockerClient:
         """A client of an engine that can do what is needed; raises EngineError saying what is missing."""
         try:
-            client = docker.from_env(timeout=600)
+            docker.from_env(timeout=PROBE_S).version()
+            client = docker.from_env(timeout=WORK_S)
             version = client.version()
         except (docker.errors.DockerException, requests.RequestException) as error:
             where = os.environ.get("DOCKER_HOST", "the default socket (DOCKER_HOST is not set)")
@@ -147,6 +172,7 @@ class DockerEngine:
             )
         return program
 
+    @_translated
     def check(self) -> None:
         """Raise EngineError if images cannot be built here."""
         info = self.client.info()
@@ -164,18 +190,25 @@ class DockerEngine:
 
     @property
     def disk(self) -> Path | None:
-        """Directory in which the engine keeps its data, None if it is not on this machine."""
-        root = Path(self.client.info().get("DockerRootDir") or "/nonexistent")
-        return root if self.client.api.base_url.startswith("http+docker") and root.is_dir() else None
+        """Directory on the file system that the engine fills, None if it is not on this machine."""
+        if self.client.api.base_url != "http+docker://localhost":  # docker-py's name for a local socket
+            return None
+        root = Path(self.client.info().get("DockerRootDir") or "/")
+        # Only root may look into it; its file system is what counts, and a parent tells that as well.
+        for directory in (root, *root.parents):
+            with contextlib.suppress(OSError):
+                shutil.disk_usage(directory)
+                return directory
+        return None
 
     # ------------------------------------------------------------------ Builder
 
+    @_translated
     def build(self, plan: Plan, base: BaseImage | None, *, store: Store, steps: Steps) -> BuiltImage:
         """Build the plan's Dockerfile hermetically: no network in any step, wheels and base from the store."""
-        self.check()
         name = f"{UNPROVEN}:{plan.cell.id}"
         with contextlib.suppress(docker.errors.ImageNotFound):
-            self.client.images.remove(name, force=True)  # a run that was killed before its proof left it
+            self.client.images.remove(name)  # a run that was killed before its proof left it
         with store.scratch(f"docker-{plan.cell.id}") as work:
             context, wheels, metadata = work / "context", work / "wheels", work / "metadata.json"
             context.mkdir()
@@ -186,7 +219,8 @@ class DockerEngine:
             store.link(wheels, {wheel.filename: wheel.sha256 for wheel in plan.lock.wheels})
             command = [
                 self._docker, "buildx", "build", "--builder", "default", "--progress", "rawjson",
-                "--platform", plan.cell.platform, "--network", "none",
+                # Never from BuildKit's cache: what an earlier build left there was not checked by this one.
+                "--platform", plan.cell.platform, "--network", "none", "--no-cache",
                 "--provenance", "false", "--sbom", "false",
                 "--build-arg", "PIP_NO_INDEX=1", "--build-arg", f"SOURCE_DATE_EPOCH={plan.epoch}",
                 "--build-context", f"wheels={wheels}",
@@ -202,12 +236,15 @@ class DockerEngine:
             code = _follow(command, log, {**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"})
             if code != 0:
                 raise _build_error(plan, log)
-            digest = json.loads(metadata.read_text("utf-8"))["containerimage.digest"]
+            digest = json.loads(metadata.read_text("utf-8")).get("containerimage.digest")
+            if not digest:
+                raise EngineError(f"{plan.cell.id}: BuildKit did not say which image it made", tries=REMEDIES[1:])
         image = self.client.images.get(digest)
         return BuiltImage(digest=digest, size_bytes=int(image.attrs["Size"]))
 
     # ------------------------------------------------------------------ Runner
 
+    @_translated
     def run(
         self, digest: str, argv: Sequence[str], *, files: Mapping[str, bytes], collect: Sequence[str], timeout_s: float
     ) -> RunResult:
@@ -235,12 +272,11 @@ class DockerEngine:
                 code = 124
             log = container.logs(tail=200).decode("utf-8", "replace")
             return RunResult(exit_code=code, files=dict(_collect(container, collect)), log=log)
-        except (docker.errors.APIError, requests.RequestException) as error:
-            raise EngineError("the container could not be run", where=digest, why=_innermost(error)) from error
         finally:
             with contextlib.suppress(docker.errors.APIError, requests.RequestException):
                 container.remove(force=True, v=True)
 
+    @_translated
     def tag(self, digest: str, tags: Sequence[str]) -> None:
         """Point the tags at the image and drop the name it had before its proof.
 
@@ -252,16 +288,25 @@ class DockerEngine:
             image.tag(*tag.rsplit(":", 1))
         for old in former:
             if not self._names(old):
-                self.remove(old)
+                self._remove(old)
+        self.discard(digest)
+
+    @_translated
+    def untag(self, tags: Sequence[str]) -> None:
+        """Remove the tags; an image goes with its last name, and one that somebody named otherwise stays."""
+        for tag in tags:
+            self._remove(tag)
+
+    @_translated
+    def discard(self, digest: str) -> None:
+        """Drop the name that an image has before its proof; the image goes with it if it has no other."""
         for name in self._names(digest):
             if name.startswith(f"{UNPROVEN}:"):
-                self.client.images.remove(name, noprune=True)
+                self._remove(name)
 
-    def remove(self, digest: str) -> None:
-        """Remove every name of the image, which removes the image."""
-        for name in self._names(digest) or [digest]:
-            with contextlib.suppress(docker.errors.ImageNotFound):
-                self.client.images.remove(name, force=True)
+    def _remove(self, reference: str) -> None:
+        with contextlib.suppress(docker.errors.ImageNotFound):
+            self.client.images.remove(reference)
 
     def _names(self, reference: str) -> list[str]:
         try:
@@ -269,6 +314,7 @@ class DockerEngine:
         except docker.errors.ImageNotFound:
             return []
 
+    @_translated
     def has(self, digest: str) -> bool:
         """Tell whether the engine holds the image."""
         try:

@@ -14,11 +14,11 @@ from io import BytesIO
 import docker
 import pytest
 
-from builder.engines.docker import UNPROVEN
+from builder.engines.docker import UNPROVEN, DockerEngine
 from tests.integration.conftest import Tiny, command
 from tests.support.wheels import FakeWheel, torch_wheel, universe
 
-pytestmark = [pytest.mark.engine, pytest.mark.debian, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.debian, pytest.mark.slow, pytest.mark.timeout(900)]
 
 REPOSITORY = "torchyard-test-tiny"
 
@@ -101,7 +101,7 @@ def test_an_image_that_lies_gets_no_tag_and_stops_nobody(tiny: Tiny, client: doc
     by_id = {document["id"]: document for document in ran.document}
     assert by_id[honest.id]["proven"] is True
     assert by_id[liar.id]["proven"] is False
-    said = "\n".join(by_id[liar.id]["error"])
+    said = "\n".join(problem["what"] for problem in by_id[liar.id]["error"])
     assert "torch.version.cuda is 12.6" in said
     assert "torch.__version__ is 2.9.1+cu126" in said
     assert not tags(client) & set(liar.tags)
@@ -128,6 +128,25 @@ def test_a_cell_built_again_is_reused_and_its_former_image_makes_room(tiny: Tiny
     assert client.images.get(cell.tags[0]).id == other["digest"] != first["digest"]
     with pytest.raises(docker.errors.ImageNotFound):
         client.images.get(first["digest"])
+
+
+def test_a_proven_image_survives_a_later_failure(tiny: Tiny, client: docker.DockerClient) -> None:
+    project = tiny.write(repository=REPOSITORY, include=[{"torch": "2.8.0", "cuda": "12.8"}])
+    tiny.serve_cells(project)
+    (cell,) = project.cells
+    assert tiny.run("lock").code == 0
+    assert tiny.run("render").code == 0
+    (document,) = tiny.run("build", cell.id, "--json").document
+    engine = DockerEngine()
+    try:
+        # What a failed proof of the same bytes does: builds are reproducible, so it is the same digest.
+        engine.discard(document["digest"])
+        assert set(cell.tags) <= tags(client)
+        client.images.get(cell.tags[0]).tag(REPOSITORY, "mine")
+        engine.untag(cell.tags)
+        assert tags(client) == {f"{REPOSITORY}:mine"}, "a name that the user gave stays"
+    finally:
+        engine.client.close()
 
 
 def test_a_failing_step_shows_its_own_last_lines(tiny: Tiny, client: docker.DockerClient) -> None:

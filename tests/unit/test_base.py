@@ -118,7 +118,7 @@ def test_a_superseded_package_is_named(store: Store, served: dict[str, bytes]) -
     assert "1 of 2" in problem.what
     assert "libc6 1:2.3-4+deb12u1~x" in problem.what
     assert "404" in problem.why
-    assert any("torchyard lock --base" in one for one in problem.tries)
+    assert any("torchyard lock --bases" in one for one in problem.tries)
     assert store.has(LOCK.debs[0].sha256), "what came is kept"
 
 

@@ -46,7 +46,10 @@ class FakeRunner:
     def tag(self, digest: str, tags: Sequence[str]) -> None:
         pytest.fail("a proof tags nothing")
 
-    def remove(self, digest: str) -> None:
+    def untag(self, tags: Sequence[str]) -> None:
+        pytest.fail("a proof removes nothing")
+
+    def discard(self, digest: str) -> None:
         pytest.fail("a proof removes nothing")
 
 

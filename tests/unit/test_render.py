@@ -92,11 +92,12 @@ def skeleton_of(plan: Plan) -> list[str]:
     return [
         "FROM",
         "FROM",
-        *(["USER"] if image else []),
+        *(["USER", "ARG"] if image else []),
         "RUN",
         "FROM",
         *["LABEL"] * len(plan.config.labels),
         *["ENV"] * len(plan.config.env),
+        "ARG",
         "ARG",
         "ARG",
         *(["ARG"] if plan.cell.indexes else []),
