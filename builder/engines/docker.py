@@ -43,7 +43,7 @@ WORK_S = 600
 """How long one of its answers may take: removing 12 GB on a busy disk takes minutes."""
 REMEDIES = (
     "start the engine of this machine: systemctl start docker, or Docker Desktop",
-    "name another one: export DOCKER_HOST=ssh://user@host (or tcp://..., or Podman's socket)",
+    "name another one: export DOCKER_HOST=unix:///path/to/docker.sock (or tcp://host:port)",
     'on Debian as root, let torchyard\'s script make one: eval "$(.ci/engine-up)"',
 )
 
@@ -148,8 +148,7 @@ class DockerEngine:
             ) from error
         found = str(version.get("Version", ""))
         number = re.match(r"\d+", found)
-        components = {part.get("Name") for part in version.get("Components") or ()}
-        if number and int(number.group()) < MIN_VERSION and "Podman Engine" not in components:
+        if number and int(number.group()) < MIN_VERSION:
             raise EngineError(
                 f"Docker Engine {found} is too old", why=f"at least version {MIN_VERSION} is needed", tries=REMEDIES
             )
