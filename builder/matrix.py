@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -21,7 +20,7 @@ from builder.errors import ImpossibleError, MatrixError, Problem
 from builder.facts import CPU, Build, Cuda, Facts
 from builder.facts import Index as Published
 from builder.facts import Platform as KnownPlatform
-from builder.reading import UNDAMAGED, Damage, did_you_mean, read, text_of
+from builder.reading import UNDAMAGED, Damage, did_you_mean, read
 from builder.schema import (
     AXES,
     BootstrapBase,
@@ -399,14 +398,6 @@ def _refusal(problems: Iterable[Problem], file: str) -> MatrixError:
     )
 
 
-def parse(text: str, *, file: str = "matrix.yaml") -> Matrix:
-    """Read the file's text; raises MatrixError with everything that is wrong with it by itself."""
-    matrix, _, problems = read(text)
-    if problems or matrix is None:
-        raise _refusal(problems, file)
-    return matrix
-
-
 def cells(text: str, facts: Facts, *, file: str = "matrix.yaml") -> tuple[Cell, ...]:
     """Read the file's text and expand it; raises MatrixError with every problem at once."""
     matrix, damage, problems = read(text)
@@ -420,8 +411,3 @@ def cells(text: str, facts: Facts, *, file: str = "matrix.yaml") -> tuple[Cell, 
     if refusals:
         raise MatrixError(problems=tuple(problem for error in refusals for problem in error.problems))
     return found
-
-
-def load(path: Path) -> Matrix:
-    """Read the file; raises MatrixError if it is missing, unreadable or wrong."""
-    return parse(text_of(path), file=path.name)

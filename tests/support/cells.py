@@ -45,5 +45,5 @@ def cell(
             "platform": [platform],
         },
     }
-    (only,) = matrix.expand(matrix.parse(json.dumps(content)), FACTS)  # JSON is YAML
+    (only,) = matrix.cells(json.dumps(content), FACTS)  # JSON is YAML
     return only

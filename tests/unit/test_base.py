@@ -19,11 +19,6 @@ EPOCH = 1_700_000_000
 MIRRORS = Mirrors(archives=("http://m.invalid/debian",), securities=("http://s.invalid/security",))
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.open(tmp_path / "home")
-
-
 @pytest.mark.parametrize(
     "asked",
     [

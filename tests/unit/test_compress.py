@@ -19,17 +19,6 @@ from builder.errors import ToolError
 from builder.store import Store
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.open(tmp_path / "home")
-
-
-@pytest.fixture
-def scratch(store: Store) -> Iterator[Path]:
-    with store.scratch("test") as directory:
-        yield directory
-
-
 def noise(size: int) -> bytes:
     return random.Random(7).randbytes(size // 2) + bytes(size - size // 2)
 

@@ -38,11 +38,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.open(tmp_path / "home")
-
-
 def index(url: str, **rest: Any) -> Index:
     return Index(configuration=Configuration(default_index=url, **rest))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,17 +13,6 @@ from builder.errors import HashMismatchError
 from builder.store import Store
 
 EPOCH = 1_700_000_000
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.open(tmp_path / "home")
-
-
-@pytest.fixture
-def scratch(store: Store) -> Iterator[Path]:
-    with store.scratch("test") as directory:
-        yield directory
 
 
 def an_image(store: Store, scratch: Path, text: bytes = b"hello\n") -> layout.Image:

@@ -620,7 +620,7 @@ def test_files_that_are_no_text(tmp_path: Path, content: bytes, what: str, at: s
     path = tmp_path / "matrix.yaml"
     path.write_bytes(content)
     with pytest.raises(MatrixError) as caught:
-        matrices.load(path)
+        text_of(path)
     assert [(problem.what, problem.where) for problem in caught.value.problems] == [(what, at)]
 
 
@@ -634,7 +634,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
     path = tmp_path / "matrix.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + SHIPPED.read_bytes())
-    assert matrices.load(path) == matrices.load(SHIPPED)
+    assert matrices.cells(text_of(path), FACTS) == matrices.cells(text_of(SHIPPED), FACTS)
 
 
 # --------------------------------------------------------------------------- all together

@@ -23,11 +23,6 @@ CONTENT = bytes(range(256)) * 4096
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store.open(tmp_path / "home")
-
-
 def files_of(store: Store) -> set[str]:
     """Return all files but the locks, which are empty."""
     return {
