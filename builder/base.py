@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import itertools
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from builder import debian, layout, tar
 from builder.baselock import RELOCK, SCHEMA, BaseLock, dumps, loads
 from builder.bootstrap import PATH, bootstrap, require_locked
 from builder.debian import Deb
-from builder.errors import LockError, SourceError
+from builder.errors import HashMismatchError, LockError, SourceError
 from builder.layout import Descriptor
 from builder.rootfs import GID, UID, USER, canonical
 from builder.store import Store
@@ -127,18 +128,15 @@ def make(lock: BaseLock, store: Store, progress: Progress | None = None) -> Base
     """
     key = hashlib.sha256(layout.canonical_json({"lock": lock.digest, "recipe": RECIPE})).hexdigest()
     directory = store.root / "layouts" / f"base-{lock.name}-{key[:16]}"
-    image = layout.read(directory)
+    image = _kept(directory, store)
     if image is None:
         name = f"base-{key[:16]}"
         with _outlived(store, f"bootstrap-{name}") as descriptor, store.scratch(name) as scratch:
             # Whoever held the lock before may have made it.
-            image = layout.read(directory)
+            image = _kept(directory, store)
             if image is None:
                 image = _make(lock, store, scratch, progress or (lambda *_: None), descriptor=descriptor)
                 layout.write(directory, store, image, tag=lock.name)
-    for blob in image.blobs:
-        if not store.has(blob.sha256, size=blob.size):
-            store.path(blob.sha256).hardlink_to(directory / "blobs" / "sha256" / blob.sha256)
     (layer,) = image.layers
     return BaseImage(
         layout=directory,
@@ -149,6 +147,24 @@ def make(lock: BaseLock, store: Store, progress: Progress | None = None) -> Base
         architecture=lock.architecture,
         epoch=lock.epoch,
     )
+
+
+def _kept(directory: Path, store: Store) -> layout.Image | None:
+    """Return the base that was made before, None if there is none or it was damaged since.
+
+    A blob that the store lacks may have been removed there because it was damaged, and the layout's is the same file.
+    """
+    image = layout.read(directory)
+    missing = [blob for blob in image.blobs if not store.has(blob.sha256, size=blob.size)] if image else []
+    if image is not None and missing:
+        try:
+            layout.verify(directory, image)
+        except HashMismatchError:
+            shutil.rmtree(directory)
+            return None
+        for blob in missing:
+            store.path(blob.sha256).hardlink_to(directory / "blobs" / "sha256" / blob.sha256)
+    return image
 
 
 @contextlib.contextmanager

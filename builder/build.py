@@ -1,21 +1,35 @@
-"""Plan → proven, tagged image: fetch, base, engine, proof, and only then the tags."""
+"""Plan → proven image: fetch, base, engine, proof, and only then the tags.
+
+Two ways lead there. An engine that makes images in the store (`StoreSession`) needs no container engine; what the bytes
+of an image say is proven at once, and what needs running when the image is loaded into one. An engine that makes images
+where it also runs them (`EngineSession`) proves all of it there.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from builder import base as bases
-from builder import proof
+from builder import export, proof
 from builder.base import BaseImage
-from builder.engines import Engine, Steps
-from builder.errors import DiskError, ToolError, TorchyardError
+from builder.engines import Builder, BuiltImage, Engine, Host, Steps
+from builder.errors import (
+    DiskError,
+    EngineError,
+    HashMismatchError,
+    ImpossibleError,
+    SourceError,
+    ToolError,
+    TorchyardError,
+)
 from builder.index import Index, Progress
 from builder.render import Plan
 from builder.store import Store, write_atomically
@@ -23,12 +37,17 @@ from builder.store import Store, write_atomically
 # What a build through BuildKit takes at its peak, as a multiple of its wheels' size: a copy of the wheels, the
 # installed tree and the compressed layer. Measured on the 2.8.0+cu128 cell (docs/measurements.md).
 PEAK = 5.5
+# What an image takes in a container engine, as a multiple of its compressed size: as it came, and unpacked.
+LOADED = 3.0
 MARGIN_BYTES = 1 << 30
+
+BYTES, CONTAINER = "bytes", "container"
+"""What can prove an image: its bytes, read in the store; what a container of it reports."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """A cell that is done: an image in the engine, proven and tagged."""
+    """A cell that is done: a complete image, and how it was proven to be what the cell declares."""
 
     id: str
     digest: str
@@ -36,8 +55,12 @@ class Image:
     seconds: float
     engine: str
     proven: bool
+    proof: tuple[str, ...]
+    """BYTES, CONTAINER or both."""
     tags: tuple[str, ...]
     facts: Mapping[str, Any]
+    in_engine: bool
+    """Whether a container engine has it, under its tags."""
     reused: bool = False
     """Whether it was made and proven by an earlier run from the very same inputs."""
 
@@ -125,43 +148,213 @@ def _require(directory: Path, size: float, purpose: str) -> None:
 
 
 class Session:
-    """Builds one cell after another with one engine, and keeps the engine from filling the disk."""
+    """Builds one cell after another; what an earlier run made and proved from the same inputs is not made again."""
 
     def __init__(
-        self,
-        *,
-        engine: Engine,
-        index: Index,
-        store: Store,
-        report: Reporter,
-        keep: bool = False,
-        only: bool = False,
-        rebuild: bool = False,
+        self, *, builder: Builder, index: Index, store: Store, report: Reporter, rebuild: bool = False
     ) -> None:
-        self._engine, self._index, self._store, self._report = engine, index, store, report
+        self._builder, self._index, self._store, self._report = builder, index, store, report
         self._rebuild = rebuild
-        self._keep = keep or only
-        self._held: list[Image] = []
         self.removed: set[str] = set()
-        """Ids of the cells whose images this session has taken out of the engine again."""
+        """Ids of the cells whose images this session has taken out of the container engine again."""
 
     def build(self, plan: Plan) -> Image:
-        """Build, prove and tag one cell; an image that fails its proof gets no tag and is removed.
+        """Build and prove one cell; raises CellFailedError with every difference if it is not what it declares.
 
         Two runs that want the same cell wait for each other, and the second finds it done.
         """
         with self._store.lock(f"build-{plan.cell.id}"):
-            return self._build(plan)
+            return self._build(plan, time.monotonic())
 
-    def _build(self, plan: Plan) -> Image:
-        started = time.monotonic()
+    def _build(self, plan: Plan, started: float) -> Image:
+        raise NotImplementedError
+
+    def _image(
+        self, plan: Plan, built: BuiltImage, proof: tuple[str, ...], facts: Mapping[str, Any], started: float
+    ) -> Image:
+        return Image(
+            id=plan.cell.id,
+            digest=built.digest,
+            size_bytes=built.size_bytes,
+            seconds=round(time.monotonic() - started, 1),
+            engine=self._builder.name,
+            proven=True,
+            proof=proof,
+            tags=plan.cell.tags,
+            facts=facts,
+            in_engine=CONTAINER in proof,
+        )
+
+    def _record(self, plan: Plan, image: Image) -> None:
+        content = {
+            "digest": image.digest,
+            "size_bytes": image.size_bytes,
+            "proof": list(image.proof),
+            "facts": image.facts,
+        }
+        write_atomically(self._record_path(plan), json.dumps(content).encode())
+
+    def _record_path(self, plan: Plan) -> Path:
+        return self._store.root / "proofs" / self._builder.name / f"{plan.digest}.json"
+
+    def _proven_before(self, plan: Plan) -> Image | None:
+        """Return the image that an earlier run proved for the very same plan, wherever it may be now."""
+        try:
+            record = json.loads(self._record_path(plan).read_bytes())
+            built = BuiltImage(digest=str(record["digest"]), size_bytes=int(record["size_bytes"]))
+            proof, facts = tuple(map(str, record["proof"])), dict(record["facts"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return replace(self._image(plan, built, proof, facts, time.monotonic()), reused=True, in_engine=False)
+
+
+class _Room:
+    """Keeps a container engine from filling the disk: takes this session's images out of it again, if it may."""
+
+    def __init__(self, host: Host, store: Store, report: Reporter, *, keep: bool, removed: set[str]) -> None:
+        self._host, self._store, self._report = host, store, report
+        self._keep, self._removed = keep, removed
+        self._held: list[Image] = []
+
+    def hold(self, image: Image) -> None:
+        """Note an image that may go when another needs its room."""
+        self._held.append(image)
+
+    def make(self, needed: float, purpose: str, *, fetched: float = 0) -> None:
+        """Refuse if `needed` bytes cannot be had; `fetched` are to be added if the store is on the same disk."""
+        disk = self._host.disk
+        if disk is None:
+            return
+        if disk.stat().st_dev == self._store.root.stat().st_dev:
+            needed += fetched
+        while not self._keep and self._held and shutil.disk_usage(disk).free < needed:
+            image = self._held.pop(0)
+            self._host.untag(image.tags)
+            self._removed.add(image.id)
+            self._report.say(
+                f"{image.id}: proven, and removed from the engine again to make room "
+                f"({_gb(needed)} needed for the next cell); --keep keeps it"
+            )
+        _require(disk, needed, purpose)
+
+
+class StoreSession(Session):
+    """Builds in the store; with a host, also loads each image into it and has a container prove it."""
+
+    def __init__(
+        self,
+        *,
+        builder: Builder,
+        host: Host | None,
+        index: Index,
+        store: Store,
+        report: Reporter,
+        rebuild: bool = False,
+        keep: bool = False,
+    ) -> None:
+        super().__init__(builder=builder, index=index, store=store, report=report, rebuild=rebuild)
+        self._host = host
+        self._room = _Room(host, store, report, keep=keep, removed=self.removed) if host is not None else None
+
+    def _build(self, plan: Plan, started: float) -> Image:
+        image = None if self._rebuild else self._complete_before(plan)
+        if image is None:
+            image = self._made(plan, started)
+        if self._host is not None and self._room is not None:
+            image = self._loaded(plan, image, self._host, self._room, started)
+        return image
+
+    def _complete_before(self, plan: Plan) -> Image | None:
+        image = self._proven_before(plan)
+        if image is not None:
+            try:
+                export.stored_image(self._store, image.digest)
+            except (ImpossibleError, SourceError, HashMismatchError):
+                return None  # somebody cleared a part of the store: it is made again
+        return image
+
+    def _made(self, plan: Plan, started: float) -> Image:
+        fetch([plan], self._index, self._store, self._report)
+        try:
+            built = self._attempt(plan)
+        except HashMismatchError as error:
+            # What was damaged on this disk is gone, and where one wheel was, others may be: all that are go now.
+            self._report.say(f"{plan.cell.id}: {error.problems[0].what}; fetching again")
+            for wheel in plan.lock.wheels:
+                self._store.verify(wheel.sha256)
+            fetch([plan], self._index, self._store, self._report)
+            built = self._attempt(plan)
+        assert built.observed is not None, self._builder.name
+        facts = proof.judge(plan, built.digest, built.observed)
+        image = self._image(plan, built, (BYTES,), facts, started)
+        self._record(plan, image)
+        return image
+
+    def _attempt(self, plan: Plan) -> BuiltImage:
+        base = base_of(plan, self._store, self._report)
+        with self._report.steps(plan.cell.id) as steps:
+            return self._builder.build(plan, base, store=self._store, steps=steps)
+
+    def _loaded(self, plan: Plan, image: Image, host: Host, room: _Room, started: float) -> Image:
+        """Load the image under a name that says it is unproven, prove it in a container, and only then tag it."""
+        if not (CONTAINER in image.proof and host.holds(image.digest)):
+            room.make(LOADED * image.size_bytes + MARGIN_BYTES, f"load {plan.cell.id}")
+            stored, name = export.stored_image(self._store, image.digest), host.unproven_name(plan.cell.id)
+            with self._report.steps(plan.cell.id) as steps:
+                steps.step(f"load into the engine ({_gb(image.size_bytes)})")
+                host.load(export.archive(self._store, stored, tags=[name]))
+                if not host.holds(image.digest):
+                    # Seen once beside other builds: the engine dropped layers while they came. Sent again, they stay.
+                    steps.step("load once more: the engine lost layers")
+                    host.load(export.archive(self._store, stored, tags=[name]))
+                try:
+                    _require_whole(host, image)
+                    steps.step("prove in a container: observed = declared")
+                    facts = proof.prove(plan, image.digest, host)
+                    host.tag(image.digest, plan.cell.tags)
+                except BaseException:
+                    host.discard(image.digest)
+                    raise
+            image = replace(image, proof=(BYTES, CONTAINER), facts=facts, reused=False)
+            self._record(plan, image)
+        else:
+            host.tag(image.digest, plan.cell.tags)
+        image = replace(image, in_engine=True, seconds=round(time.monotonic() - started, 1))
+        room.hold(image)
+        return image
+
+
+def _require_whole(host: Host, image: Image) -> None:
+    """Raise EngineError if a container engine, having accepted an archive, lacks some of its layers."""
+    if not host.holds(image.digest):
+        raise EngineError(
+            f"{image.id}: the engine took the image in, but not all of its layers",
+            where=image.digest,
+            tries=("load it again", "look into the engine's log"),
+        )
+
+
+class EngineSession(Session):
+    """Builds in a container engine, has a container of the image prove it, and tags it there."""
+
+    def __init__(
+        self, *, engine: Engine, index: Index, store: Store, report: Reporter, rebuild: bool = False, keep: bool = False
+    ) -> None:
+        super().__init__(builder=engine, index=index, store=store, report=report, rebuild=rebuild)
+        self._engine = engine
+        self._room = _Room(engine, store, report, keep=keep, removed=self.removed)
+
+    def _build(self, plan: Plan, started: float) -> Image:
+        """Build, prove and tag one cell; an image that fails its proof gets no tag and is removed."""
         engine, store = self._engine, self._store
         proven = None if self._rebuild else self._proven_before(plan)
-        if proven is not None:
+        if proven is not None and engine.has(proven.digest):
             engine.tag(proven.digest, plan.cell.tags)
-            self._held.append(proven)
+            proven = replace(proven, in_engine=True)
+            self._room.hold(proven)
             return proven
-        self._make_room(plan)
+        missing = sum(w.size for w in plan.lock.wheels if not store.has(w.sha256, size=w.size))
+        self._room.make(PEAK * plan.lock.size + MARGIN_BYTES, f"build {plan.cell.id}", fetched=missing)
         fetch([plan], self._index, store, self._report)
         base = base_of(plan, store, self._report)
         before = engine.build_cache()
@@ -179,65 +372,10 @@ class Session:
         except BaseException:
             engine.discard(built.digest)
             raise
-        image = Image(
-            id=plan.cell.id,
-            digest=built.digest,
-            size_bytes=built.size_bytes,
-            seconds=round(time.monotonic() - started, 1),
-            engine=engine.name,
-            proven=True,
-            tags=plan.cell.tags,
-            facts=facts,
-        )
+        image = self._image(plan, built, (CONTAINER,), facts, started)
         self._record(plan, image)
-        self._held.append(image)
+        self._room.hold(image)
         return image
-
-    def _record(self, plan: Plan, image: Image) -> None:
-        content = {"digest": image.digest, "size_bytes": image.size_bytes, "facts": image.facts}
-        write_atomically(self._record_path(plan), json.dumps(content).encode())
-
-    def _record_path(self, plan: Plan) -> Path:
-        return self._store.root / "proofs" / self._engine.name / f"{plan.digest}.json"
-
-    def _proven_before(self, plan: Plan) -> Image | None:
-        """Return the image that an earlier run proved for the very same plan, if the engine still has it."""
-        try:
-            record = json.loads(self._record_path(plan).read_bytes())
-            digest, size_bytes, facts = str(record["digest"]), int(record["size_bytes"]), dict(record["facts"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
-        if not self._engine.has(digest):
-            return None
-        return Image(
-            id=plan.cell.id,
-            digest=digest,
-            size_bytes=size_bytes,
-            seconds=0.0,
-            engine=self._engine.name,
-            proven=True,
-            tags=plan.cell.tags,
-            facts=facts,
-            reused=True,
-        )
-
-    def _make_room(self, plan: Plan) -> None:
-        """Refuse if the build cannot fit; before that, take out images of this session unless they are to be kept."""
-        disk = self._engine.disk
-        if disk is None:
-            return
-        needed = PEAK * plan.lock.size + MARGIN_BYTES
-        if disk.stat().st_dev == self._store.root.stat().st_dev:
-            needed += sum(w.size for w in plan.lock.wheels if not self._store.has(w.sha256, size=w.size))
-        while not self._keep and self._held and shutil.disk_usage(disk).free < needed:
-            image = self._held.pop(0)
-            self._engine.untag(image.tags)
-            self.removed.add(image.id)
-            self._report.say(
-                f"{image.id}: proven, and removed from the engine again to make room "
-                f"({_gb(needed)} needed for the next cell); --keep keeps it"
-            )
-        _require(disk, needed, f"build {plan.cell.id}")
 
 
 def _built(session: Session, plan: Plan) -> Image:
@@ -245,8 +383,11 @@ def _built(session: Session, plan: Plan) -> Image:
     try:
         return session.build(plan)
     except OSError as error:
-        raise ToolError(
-            f"{plan.cell.id}: {error.strerror or error}", where=str(error.filename or ""), tries=("--debug shows more",)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (DiskError if full else ToolError)(
+            f"{plan.cell.id}: {error.strerror or error}",
+            where=str(error.filename or ""),
+            tries=("free some space and run the same command again",) if full else ("--debug shows more",),
         ) from error
 
 
@@ -261,7 +402,7 @@ def build_all(plans: Iterable[Plan], session: Session, report: Reporter) -> list
             report.say(f"{plan.cell.id}: failed: {error.problems[0].what}")
         else:
             outcomes.append(Outcome(plan=plan, image=image))
-            how = "proven by an earlier run" if image.reused else f"proven · {image.seconds:.0f} s"
+            how = "proven by an earlier run" if image.reused else f"proven · {image.seconds:.1f} s"
             report.say(f"{image.id}: {how} · {image.digest} · {_gb(image.size_bytes)}")
     return [
         Outcome(plan=it.plan, image=it.image, error=it.error, removed=it.plan.cell.id in session.removed)

@@ -19,15 +19,18 @@ import click
 from builder import __version__, compat, errors, facts
 from builder import base as bases
 from builder import build as builds
+from builder import export as exports
 from builder import lock as locks
 from builder import update as updates
-from builder.build import Session, build_all
+from builder.build import EngineSession, Outcome, Session, StoreSession, build_all
 from builder.console import Console
 from builder.engines.docker import DockerEngine
+from builder.engines.oci import OciEngine
 from builder.errors import CellFailedError, LockError, MatrixError, Problem, ToolError, TorchyardError
-from builder.index import Configuration, Index
+from builder.index import Index
 from builder.matrix import Cell
 from builder.project import Project, architecture
+from builder.render import Plan
 from builder.schema import BootstrapBase, json_schema
 from builder.store import Store
 
@@ -240,7 +243,7 @@ def lock_command(context: Context, patterns: Sequence[str], *, check: bool, agai
         console.say(f"{len(cells)} locks are whole and answer the matrix")
         console.result([{"id": cell.id, "lock": str(project.lock_path(cell)), "fresh": True} for cell in cells])
         return
-    index = Index(configuration=Configuration.of_user())
+    index = Index()
     # All or nothing: a set of locks that is half old and half new would be committed by somebody.
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         futures = [pool.submit(locks.lock_cell, cell, index) for cell in cells]
@@ -315,7 +318,7 @@ def fetch_command(context: Context, patterns: Sequence[str]) -> None:
     """Bring the locked wheels and Debian packages into the store."""
     project = context.project
     plans = project.plans(project.select(patterns))
-    builds.fetch(plans, Index(configuration=Configuration.of_user()), Store.open(), context.console)
+    builds.fetch(plans, Index(), Store.open(), context.console)
     wheels = {wheel.sha256: wheel for plan in plans for wheel in plan.lock.wheels}
     size = sum(wheel.size for wheel in wheels.values())
     context.console.say(f"{len(wheels)} wheels are in the store, {size / 1e9:.2f} GB")
@@ -326,38 +329,58 @@ def fetch_command(context: Context, patterns: Sequence[str]) -> None:
 # --------------------------------------------------------------------------- build
 
 
-@cli.command("build")
-@patterns
-@click.option("--all", "everything", is_flag=True, help="Build every cell of the matrix.")
-@click.option("--engine", type=click.Choice(["docker"]), default="docker", show_default=True,
-              help="What makes the image from its plan.")  # fmt: skip
-@click.option("--rebuild", is_flag=True, help="Build also what an earlier run proved from the same inputs.")
-@click.option("--keep", is_flag=True, help="Never take a proven image out of the engine to make room for the next.")
-@_options
-def build_command(
-    context: Context, patterns: Sequence[str], *, everything: bool, engine: str, rebuild: bool, keep: bool
-) -> None:
-    """Build cells, prove each in a container, and tag what is proven."""
+def _session(
+    context: Context, *, engine: str, load: bool, rebuild: bool = False, keep: bool = False
+) -> EngineSession | StoreSession:
+    """Make what builds: in the store, and with `load` also in the container engine; or all of it in that engine."""
+    index, store = Index(), Store.open()
+    host = DockerEngine() if load or engine == "docker" else None
+    if host is not None:
+        host.check()
+    if engine == "docker":
+        assert host is not None
+        return EngineSession(engine=host, index=index, store=store, report=context.console, rebuild=rebuild, keep=keep)
+    return StoreSession(
+        builder=OciEngine(), host=host, index=index, store=store, report=context.console, rebuild=rebuild, keep=keep
+    )
+
+
+def _plans(context: Context, patterns: Sequence[str], *, everything: bool = False, verb: str) -> tuple[Plan, ...]:
+    """Return the plans of the cells that are named; building nothing or all by mistake costs hours."""
     if not patterns and not everything:
-        raise MatrixError("no cell is named", tries=("torchyard build '*cu128*'", "torchyard build --all"))
+        raise MatrixError("no cell is named", tries=(f"torchyard {verb} '*cu128*'", f"torchyard {verb} --all"))
     if patterns and everything:
         raise MatrixError("--all and cells exclude each other", tries=("leave one of them out",))
-    project, console = context.project, context.console
-    plans = project.fresh_plans(project.select(patterns))
-    assert engine == "docker"
-    docker = DockerEngine()
-    docker.check()
-    session = Session(
-        engine=docker, index=Index(configuration=Configuration.of_user()), store=Store.open(), report=console,
-        keep=keep, only=len(plans) == 1, rebuild=rebuild,
-    )  # fmt: skip
+    return context.project.fresh_plans(context.project.select(patterns))
+
+
+def _fail(failures: Sequence[TorchyardError], console: Console, *, of: int) -> None:
+    """Print what failed and exit; one cell's own failure keeps its exit code, of several "a cell failed" is true."""
+    if failures:
+        kind = type(failures[0]) if of == 1 else CellFailedError
+        error = kind(problems=tuple(problem for failure in failures for problem in failure.problems))
+        console.problems(error)
+        sys.exit(error.exit_code)
+
+
+def _state(outcome: Outcome) -> str:
+    if outcome.image is None:
+        return "failed"
+    if outcome.removed:
+        return "proven, removed for room"
+    return "proven by its bytes" if not outcome.image.in_engine else "proven in a container"
+
+
+def _build(context: Context, plans: Sequence[Plan], session: Session) -> None:
+    """Build the plans, show what became of each, and exit with an error if one failed."""
+    console = context.console
     outcomes = build_all(plans, session, console)
     documents = []
     for outcome in outcomes:
-        document: dict[str, Any] = {"id": outcome.plan.cell.id, "engine": docker.name, "proven": False}
+        document: dict[str, Any] = {"id": outcome.plan.cell.id, "proven": False}
         if outcome.image is not None:
-            document |= asdict(outcome.image) | {"in_engine": not outcome.removed}
-            document["tags"] = list(outcome.image.tags)
+            document |= asdict(outcome.image)
+            document |= {"in_engine": outcome.image.in_engine and not outcome.removed}
         if outcome.error is not None:
             document["error"] = [asdict(problem) for problem in outcome.error.problems]
         documents.append(document)
@@ -368,20 +391,127 @@ def build_command(
                 outcome.plan.cell.tags[0],
                 outcome.image.digest[:19] if outcome.image else "-",
                 f"{outcome.image.size_bytes / 1e9:.2f} GB" if outcome.image else "-",
-                f"{outcome.image.seconds:.0f}" if outcome.image else "-",
-                "failed" if not outcome.image else "proven, removed for room" if outcome.removed else "proven",
+                f"{outcome.image.seconds:.1f}" if outcome.image else "-",
+                _state(outcome),
             ]
             for outcome in outcomes
         ],
     )
     console.result(documents)
-    failures = [outcome.error for outcome in outcomes if outcome.error is not None]
-    if failures:
-        # One cell's own failure keeps its own exit code; of several cells, "a cell failed" is the common truth.
-        kind = type(failures[0]) if len(plans) == 1 else CellFailedError
-        error = kind(problems=tuple(problem for failure in failures for problem in failure.problems))
-        console.problems(error)
-        sys.exit(error.exit_code)
+    if any(outcome.image and not outcome.image.in_engine for outcome in outcomes):
+        console.say(
+            "complete in the store. Proven by the bytes: versions of torch, CUDA, cuDNN, NCCL and Python, GPU "
+            "architectures, packages, every file's hash. Not proven: that it runs; --load has a container prove that"
+        )
+    _fail([outcome.error for outcome in outcomes if outcome.error is not None], console, of=len(plans))
+
+
+everything_option = click.option("--all", "everything", is_flag=True, help="Every cell of the matrix.")
+keep_option = click.option(
+    "--keep", is_flag=True, help="Never take a proven image out of the container engine to make room for the next."
+)
+
+
+@cli.command("build")
+@patterns
+@everything_option
+@click.option("--engine", type=click.Choice(["oci", "docker"]), default="oci", show_default=True,
+              help="What makes the image: torchyard, out of the wheels, or BuildKit, from the Dockerfile.")  # fmt: skip
+@click.option("--load", is_flag=True, help="Also load each image into the container engine, and prove it there.")
+@click.option("--rebuild", is_flag=True, help="Build also what an earlier run proved from the same inputs.")
+@keep_option
+@_options
+def build_command(
+    context: Context, patterns: Sequence[str], *, everything: bool, engine: str, load: bool, rebuild: bool, keep: bool
+) -> None:
+    """Build cells and prove them; only what is proven is complete, and gets its tags."""
+    plans = _plans(context, patterns, everything=everything, verb="build")
+    session = _session(context, engine=engine, load=load, rebuild=rebuild, keep=keep or len(plans) == 1)
+    _build(context, plans, session)
+
+
+# --------------------------------------------------------------------------- load
+
+
+@cli.command("load")
+@patterns
+@everything_option
+@keep_option
+@_options
+def load_command(context: Context, patterns: Sequence[str], *, everything: bool, keep: bool) -> None:
+    """Load images into the container engine and prove them there; what is not built yet is built before."""
+    plans = _plans(context, patterns, everything=everything, verb="load")
+    _build(context, plans, _session(context, engine="oci", load=True, keep=keep or len(plans) == 1))
+
+
+# --------------------------------------------------------------------------- export
+
+
+@cli.command("export")
+@patterns
+@everything_option
+@click.option("-o", "--output", required=True, metavar="PATH",
+              help="A file for one archive (- is standard output), or a directory for several.")  # fmt: skip
+@click.option("--format", "form", type=click.Choice(["archive", "layout"]), default="archive", show_default=True,
+              help="An archive that docker, podman and skopeo read, or an OCI layout.")  # fmt: skip
+@click.option("--compression", type=click.Choice(["gzip", "zstd"]), default="gzip", show_default=True,
+              help="gzip is the image as it was proven; zstd is smaller, and has another digest.")  # fmt: skip
+@_options
+def export_command(
+    context: Context, patterns: Sequence[str], *, everything: bool, output: str, form: str, compression: str
+) -> None:
+    """Write images as files; what is not built yet is built before."""
+    console = context.console
+    plans = _plans(context, patterns, everything=everything, verb="export")
+    target = Path(output)
+    if output == "-":
+        _refuse_stdout(plans, form, as_json=console.as_json)
+    session, store = _session(context, engine="oci", load=False), Store.open()
+    failures, documents = [], []
+    for plan in plans:
+        try:
+            image = exports.stored_image(store, session.build(plan).digest)
+            if compression != "gzip":
+                console.say(
+                    f"{plan.cell.id}: compressing with {compression}; layers that were compressed before are kept"
+                )
+                image = exports.recompressed(store, image)
+            tags = plan.cell.tags
+            if output == "-":
+                for piece in exports.archive(store, image, tags=tags):
+                    sys.stdout.buffer.write(piece)
+                sys.stdout.buffer.flush()
+                continue
+            several = len(plans) > 1 or target.is_dir() or output.endswith("/")
+            if form == "layout":
+                path = target / plan.cell.id if several else target
+                exports.write_layout(path, store, image, tag=plan.cell.tag_names[0])
+            else:
+                path = target / f"{plan.cell.id}.tar" if several else target
+                path.parent.mkdir(parents=True, exist_ok=True)
+                exports.write_archive(path, store, image, tags=tags)
+        except TorchyardError as error:
+            failures.append(error)
+            console.say(f"{plan.cell.id}: failed: {error.problems[0].what}")
+        else:
+            size = sum(blob.size for blob in image.blobs)
+            console.say(f"{plan.cell.id}: {path} · {image.manifest.digest} · {size / 1e9:.2f} GB")
+            documents.append(
+                {"id": plan.cell.id, "path": str(path), "digest": image.manifest.digest, "size_bytes": size}
+            )
+    console.result(documents)
+    _fail(failures, console, of=len(plans))
+
+
+def _refuse_stdout(plans: Sequence[Plan], form: str, *, as_json: bool) -> None:
+    """Refuse what cannot go to standard output."""
+    if len(plans) > 1 or form != "archive" or as_json:
+        raise MatrixError(
+            "standard output takes one archive, and nothing else",
+            tries=("name one cell", "write to a file or a directory: -o PATH"),
+        )
+    if sys.stdout.isatty():
+        raise MatrixError("an archive is nothing for a terminal", tries=("torchyard export CELL -o - | docker load",))
 
 
 # --------------------------------------------------------------------------- update
@@ -393,7 +523,7 @@ def build_command(
 def update_command(context: Context, *, recheck: bool) -> None:
     """Look for torch releases and builds that the facts lack, and add them; nothing is ever taken away."""
     console = context.console
-    index = Index(configuration=Configuration.of_user())
+    index = Index()
     configuration = index.configuration
     changes = updates.update(
         Path(facts.__file__).parent / "data",

@@ -101,6 +101,12 @@ class ToolError(TorchyardError):
     exit_code = 10
 
 
+class WheelError(TorchyardError):
+    """A wheel is unsafe, damaged, or not what its own record says."""
+
+    exit_code = 11
+
+
 class InterruptedRunError(TorchyardError):
     """The user stopped the run."""
 

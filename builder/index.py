@@ -12,24 +12,16 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import url2pathname
 
 import requests
 from packaging.utils import canonicalize_name
-from pypi_simple import (
-    ACCEPT_JSON_PREFERRED,
-    PYPI_SIMPLE_ENDPOINT,
-    DistributionPackage,
-    ProjectPage,
-    UnsupportedContentTypeError,
-    UnsupportedRepoVersionError,
-)
 from requests.adapters import HTTPAdapter
 from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError as Urllib3Error
@@ -38,6 +30,9 @@ from urllib3.util.retry import Retry
 from builder import __version__
 from builder.errors import HashMismatchError, Problem, SourceError, ToolError
 from builder.store import BlobWriter, Store, sha256_of
+
+if TYPE_CHECKING:
+    from pypi_simple import DistributionPackage, ProjectPage
 
 RETRYABLE = (408, 425, 429, 500, 502, 503, 504)
 ATTEMPTS = 6
@@ -156,9 +151,11 @@ class Configuration:
         def many(key: str) -> tuple[str, ...]:
             return tuple((one(key) or "").split())
 
+        import pypi_simple  # noqa: PLC0415 (a third of a second, which a build that needs no index saves)
+
         default = one("index-url") or environ.get("UV_DEFAULT_INDEX") or environ.get("UV_INDEX_URL")
         return cls(
-            default_index=default or PYPI_SIMPLE_ENDPOINT,
+            default_index=default or pypi_simple.PYPI_SIMPLE_ENDPOINT,
             extra_indexes=many("extra-index-url"),
             find_links=many("find-links"),
             no_index=(one("no-index") or "").lower() in ("1", "true", "yes", "on"),
@@ -191,13 +188,19 @@ class _Retry(Retry):
         return None if wait_s is None else min(wait_s, RETRY_AFTER_MAX_S)
 
 
-@dataclass(kw_only=True)
 class Index:
     """Finds and fetches files by name and hash in the user's find-links and indexes."""
 
-    configuration: Configuration
-    _pages: dict[tuple[str, str], tuple[Offer, ...]] = field(default_factory=dict)
-    _guard: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, *, configuration: Configuration | None = None) -> None:
+        """Look where `configuration` says; without one, where the user's pip looks."""
+        self._given = configuration
+        self._pages: dict[tuple[str, str], tuple[Offer, ...]] = {}
+        self._guard = threading.Lock()
+
+    @cached_property
+    def configuration(self) -> Configuration:
+        """Where to look; the user's is asked for when it is needed, because asking pip takes half a second."""
+        return self._given or Configuration.of_user()
 
     @cached_property
     def session(self) -> requests.Session:
@@ -238,6 +241,8 @@ class Index:
 
         Raises SourceError if the index cannot be asked: an index that fails is never one that has nothing.
         """
+        import pypi_simple  # noqa: PLC0415 (see above)
+
         key = (index_url.rstrip("/"), canonicalize_name(project))
         with self._guard:
             if key in self._pages:
@@ -248,8 +253,8 @@ class Index:
         except (
             OSError,  # of requests, and of a local index
             Urllib3Error,
-            UnsupportedContentTypeError,
-            UnsupportedRepoVersionError,
+            pypi_simple.UnsupportedContentTypeError,
+            pypi_simple.UnsupportedRepoVersionError,
             ValueError,  # of pypi-simple, for a page that is not one
             TypeError,
             KeyError,
@@ -265,23 +270,27 @@ class Index:
         return offers
 
     def _remote_page(self, index_url: str, project: str) -> ProjectPage | None:
+        import pypi_simple  # noqa: PLC0415 (see above)
+
         # JSON is preferred, because it has sizes and upload times; an index that only knows HTML answers in HTML.
         response = self.session.get(
             f"{index_url}/{project}/",
-            headers={"Accept": ACCEPT_JSON_PREFERRED},
+            headers={"Accept": pypi_simple.ACCEPT_JSON_PREFERRED},
             timeout=(CONNECT_TIMEOUT_S, STALL_S),
             verify=self._verify(index_url),
         )
         if response.status_code == 404:
             return None
         response.raise_for_status()
-        return ProjectPage.from_response(response, project)
+        return pypi_simple.ProjectPage.from_response(response, project)
 
     @staticmethod
     def _local_page(directory: Path, project: str) -> ProjectPage | None:
+        import pypi_simple  # noqa: PLC0415 (see above)
+
         file = directory / project / "index.html"
         try:
-            return ProjectPage.from_html(project, file.read_bytes(), base_url=file.as_uri())
+            return pypi_simple.ProjectPage.from_html(project, file.read_bytes(), base_url=file.as_uri())
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -310,11 +319,13 @@ class Index:
             yield from (offer for offer in map(_offer, page.packages) if offer.is_of(wanted))
 
     def _links_page(self, location: str, path: Path | None) -> ProjectPage:
+        import pypi_simple  # noqa: PLC0415 (see above)
+
         if path is not None:
-            return ProjectPage.from_html("find-links", path.read_bytes(), base_url=path.absolute().as_uri())
+            return pypi_simple.ProjectPage.from_html("find-links", path.read_bytes(), base_url=path.absolute().as_uri())
         response = self.session.get(location, timeout=(CONNECT_TIMEOUT_S, STALL_S), verify=self._verify(location))
         response.raise_for_status()
-        return ProjectPage.from_html("find-links", response.content, base_url=response.url)
+        return pypi_simple.ProjectPage.from_html("find-links", response.content, base_url=response.url)
 
     def local_files(self) -> Iterator[Path]:
         """Yield every file in the directories that pip's find-links name."""

@@ -107,8 +107,15 @@ def _spell(value: object) -> str:
 
 
 def prove(plan: Plan, digest: str, runner: Runner) -> Mapping[str, Any]:
-    """Return the facts of an image that is what its cell declares; raises CellFailedError with every difference."""
-    observed = observe(plan, digest, runner)
+    """Return the facts that a container of the image reports, if they are what its cell declares; see `judge`."""
+    return judge(plan, digest, observe(plan, digest, runner))
+
+
+def judge(plan: Plan, digest: str, observed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the facts of an image that is what its cell declares; raises CellFailedError with every difference.
+
+    `observed` is what `validate/facts.py` writes in a container, or what an engine read out of the image's bytes.
+    """
     found = tuple(differences(plan, observed))
     if found:
         raise CellFailedError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -25,11 +27,16 @@ from builder.schema import BootstrapBase
 SCHEMA = 1
 PREFIX = "/opt/venv"
 """Where the virtual environment lies in every image."""
+LIBRARY = "lib/python3"
+"""Where packages lie in it, under each Python: lib/python3.Y is a link to it, so a path does not hold a version."""
 USER = "1000:0"
 HOME = "/home/torch"
 WORKDIR = "/workspace"
 IMAGE_JSON = "/usr/local/share/torchyard/image.json"
 """Where an image keeps what it was declared to be."""
+UNCOMPILED = "/tests?/"
+"""Regular expression for the paths of sources that get no bytecode: nobody imports packages' tests in an image, and
+they are a fifth of what there is to compile."""
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -69,6 +76,47 @@ class Expectation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The virtual environment before anything is installed, as paths relative to PREFIX.
+
+    It is written out, not made by `python -m venv`: what that makes differs between versions of Python, and an engine
+    that runs nothing of the image must come to the same files. HOME_OF_PYTHON stands for a directory of the base.
+    """
+
+    directories: tuple[str, ...]
+    links: Mapping[str, str]
+    files: Mapping[str, str]
+
+
+HOME_OF_PYTHON = "{home}"
+"""The directory in which the base has its Python, in links and files of an Environment."""
+
+
+def environment_of(cell: Cell) -> Environment:
+    """Return the virtual environment of the cell's Python."""
+    python = f"python{cell.python}"
+    return Environment(
+        directories=("bin", "include/site/python3", f"{LIBRARY}/site-packages"),
+        links={
+            "bin/python": f"{HOME_OF_PYTHON}/{python}",
+            "bin/python3": "python",
+            f"bin/{python}": "python",
+            f"include/site/{python}": "python3",
+            f"lib/{python}": LIBRARY.rpartition("/")[2],
+            "lib64": "lib",
+        },
+        files={
+            "pyvenv.cfg": (f"home = {HOME_OF_PYTHON}\ninclude-system-site-packages = false\nversion = {cell.python}\n"),
+            "bin/activate": (
+                "# The environment is active in this image; this is for programs that insist on activating one.\n"
+                f'export VIRTUAL_ENV={PREFIX} PATH="{PREFIX}/bin:$PATH"\n'
+                "deactivate() { :; }\n"
+            ),
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """All an engine needs to make the image, and all a proof needs to judge it."""
 
@@ -77,6 +125,7 @@ class Plan:
     base_lock: BaseLock | None
     """The base's Debian packages; None for a base that is an image."""
     config: ImageConfig
+    environment: Environment
     expectation: Expectation
     epoch: int
     """Seconds since 1970 that stand for every time in the image."""
@@ -187,7 +236,15 @@ def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False).replace("$", "\\$")
 
 
-def _environment(templates: Path) -> ImmutableSandboxedEnvironment:
+def _in_shell(value: str) -> str:
+    """Quote a value for a shell that knows the directory of the base's Python as $home."""
+    if HOME_OF_PYTHON not in value:
+        return shlex.quote(value)
+    escaped = re.sub(r'([\\"$`])', r"\\\1", value)
+    return f'"{escaped.replace(HOME_OF_PYTHON, "$home")}"'
+
+
+def _jinja(templates: Path) -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(templates),
         undefined=StrictUndefined,
@@ -197,6 +254,7 @@ def _environment(templates: Path) -> ImmutableSandboxedEnvironment:
         autoescape=False,
     )
     environment.filters["quoted"] = _quoted
+    environment.filters["in_shell"] = _in_shell
     environment.filters["json_array"] = lambda items: json.dumps(list(items))
     return environment
 
@@ -204,7 +262,7 @@ def _environment(templates: Path) -> ImmutableSandboxedEnvironment:
 def _printed(templates: Path, name: str, **values: object) -> str:
     """Render a template; raises MatrixError naming its line if it asks for what is not there, or is not whole."""
     try:
-        return _environment(templates).get_template(name).render(**values)
+        return _jinja(templates).get_template(name).render(**values)
     except (TemplateError, TypeError) as error:
         line = getattr(error, "lineno", None)
         for frame in traceback.extract_tb(error.__traceback__):
@@ -221,6 +279,7 @@ def render(cell: Cell, lock: Lock, base_lock: BaseLock | None, *, templates: Pat
     """Return the plan of the cell; the same inputs give the same bytes."""
     expectation = expectation_of(cell, lock)
     config = _configuration(cell, expectation)
+    environment = environment_of(cell)
     epoch = max(lock.epoch, base_lock.epoch if base_lock else 0)
     dockerfile = _printed(
         templates,
@@ -228,8 +287,11 @@ def render(cell: Cell, lock: Lock, base_lock: BaseLock | None, *, templates: Pat
         cell=cell,
         base=cell.base,
         config=config,
+        environment=environment,
         epoch=epoch,
         prefix=PREFIX,
+        library=LIBRARY,
+        uncompiled=UNCOMPILED,
         image_json=IMAGE_JSON,
         directory=f"images/{cell.id}",
     )
@@ -239,6 +301,7 @@ def render(cell: Cell, lock: Lock, base_lock: BaseLock | None, *, templates: Pat
         lock=lock,
         base_lock=base_lock,
         config=config,
+        environment=environment,
         expectation=expectation,
         epoch=epoch,
         files={

@@ -28,7 +28,7 @@ def sha256_of(file: BinaryIO) -> str:
 
 
 @contextlib.contextmanager
-def _named_enospc(path: Path) -> Iterator[None]:
+def named_enospc(path: Path) -> Iterator[None]:
     """Turn "no space left on device" into an error that says where and how much is free."""
     try:
         yield
@@ -55,7 +55,7 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     try:
         # One writer at a time, of all threads and processes: what a killed one left under the name is overwritten.
         fcntl.flock(directory, fcntl.LOCK_EX)
-        with _named_enospc(path):
+        with named_enospc(path):
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
@@ -89,7 +89,7 @@ class BlobWriter:
     def write(self, chunk: bytes) -> None:
         """Append `chunk`."""
         rest = memoryview(chunk)
-        with _named_enospc(self._partial):
+        with named_enospc(self._partial):
             while rest:
                 rest = rest[self._file.write(rest) :]
         self._hash.update(chunk)
@@ -115,7 +115,7 @@ class BlobWriter:
                     "if it stays, the index or a proxy serves another file under this name: do not use it",
                 ),
             )
-        with _named_enospc(self._partial):
+        with named_enospc(self._partial):
             os.fsync(self._file.fileno())
         self._file.close()
         self._partial.chmod(0o444)

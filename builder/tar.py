@@ -89,8 +89,8 @@ def file_entry(path: str, content: bytes, *, mode: int = 0o644, uid: int = 0, gi
 
 def header(entry: Entry) -> bytes:
     """Return the header of `entry`: plain ustar, and before it PAX records only for what ustar cannot say."""
-    name = os.fsencode(entry.path) + (b"/" if entry.kind is Kind.DIRECTORY else b"")
-    linkname = os.fsencode(entry.target)
+    name = _bytes(entry.path) + (b"/" if entry.kind is Kind.DIRECTORY else b"")
+    linkname = _bytes(entry.target)
     numbers = {key: int(getattr(entry, key)) for key in ("mode", "uid", "gid", "size", "mtime")}
     records = [(f"{_XATTR}{key}", value) for key, value in entry.xattrs.items()]
     if len(name) > 100 or not name.isascii():
@@ -129,6 +129,11 @@ def stream(entries: Iterable[Entry]) -> Iterator[bytes]:
                 raise ValueError(f"{entry.path}: {got} bytes came where {entry.size} were announced")
             yield padding(got)
     yield END
+
+
+def _bytes(name: str) -> bytes:
+    """Return a name as the bytes it was read from, whatever the locale is."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def _ustar(name: bytes, flag: bytes, numbers: Mapping[str, int], linkname: bytes, device: tuple[int, int]) -> bytes:
@@ -172,7 +177,7 @@ def _record(key: str, value: bytes) -> bytes:
 def read(file: BinaryIO) -> dict[str, Entry]:
     """Return the entries of an uncompressed tar by path; their contents are read from `file` while it is open."""
     entries = {}
-    with tarfile.open(fileobj=file, mode="r:") as members:
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as members:
         for member in members:
             path = member.name.removeprefix("./").strip("/")
             if path not in ("", "."):

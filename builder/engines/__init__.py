@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from builder.base import BaseImage
 from builder.render import Plan
@@ -20,6 +20,8 @@ class BuiltImage:
     """Digest of the manifest, "sha256:...": the same wherever the image goes."""
     size_bytes: int
     """Compressed size: manifest, configuration and layers."""
+    observed: Mapping[str, Any] | None = None
+    """What the image's bytes say of it, in the form of `validate/facts.py`; None from an engine that did not look."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Builder(Protocol):
 
 
 class Runner(Protocol):
-    """Holds images, runs them and names them; an image is referred to by the digest of its manifest."""
+    """Runs images and names them; an image is known by its manifest's digest."""
 
     def run(
         self, digest: str, argv: Sequence[str], *, files: Mapping[str, bytes], collect: Sequence[str], timeout_s: float
@@ -77,18 +79,31 @@ class Runner(Protocol):
         """Drop an image that was not proven; one that has tags, because it was proven before, stays."""
 
 
-class Engine(Builder, Runner, Protocol):
-    """An engine that makes images where it also runs them, and keeps them on a disk that can fill."""
+class Host(Runner, Protocol):
+    """A runner that images can be brought to; it keeps them on a disk that can fill."""
 
     @property
     def disk(self) -> Path | None:
         """Directory in which the engine keeps its data, None if it is not on this machine."""
 
     def check(self) -> None:
-        """Raise EngineError, saying what is missing, if images cannot be built here."""
+        """Raise EngineError, saying what is missing, if images cannot be built or loaded here."""
 
     def has(self, digest: str) -> bool:
-        """Tell whether the engine holds the image."""
+        """Tell whether the engine knows the image."""
+
+    def holds(self, digest: str) -> bool:
+        """Tell whether the engine has all of the image's layers, as far as it can say."""
+
+    def unproven_name(self, cell_id: str) -> str:
+        """Return the name under which a cell's image is loaded until it is proven."""
+
+    def load(self, archive: Iterator[bytes]) -> None:
+        """Take in an image from an archive; raises EngineError if the engine refuses it or breaks off."""
+
+
+class Engine(Builder, Host, Protocol):
+    """An engine that makes images where it also runs them."""
 
     def build_cache(self) -> frozenset[str]:
         """Return the ids of what the engine keeps of builds at the moment."""

@@ -15,20 +15,21 @@ import subprocess
 import tarfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, ParamSpec, TypeVar
 
 import docker
+import docker.auth
 import docker.errors
 import requests
 from docker.models.containers import Container
 
 from builder.base import BaseImage
 from builder.engines import BuiltImage, RunResult, Steps
-from builder.errors import CellFailedError, EngineError
+from builder.errors import CellFailedError, DiskError, EngineError
 from builder.render import Plan
 from builder.store import Store
 
@@ -36,6 +37,8 @@ MIN_VERSION = 25
 """The first Docker Engine whose images can live in containerd's store, where an image's id is its manifest's digest."""
 UNPROVEN = "torchyard-unproven"
 """Repository of the names that images bear in the engine between build and proof."""
+PROOF_LABEL = "torchyard.proof"
+"""Label of the containers that images are tried in; its value is the image's digest."""
 LAST_LINES = 25
 PROBE_S = 20
 """How long an engine may take to say that it is there."""
@@ -129,6 +132,17 @@ def _translated(method: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+def whole_name(tag: str) -> str:
+    """Return a name as engines keep it: with the default registry where it names none.
+
+    Docker 28 lists an image that was loaded by another name, but can neither run nor remove it by that.
+    """
+    registry, path = docker.auth.resolve_repository_name(tag)
+    if registry == docker.auth.INDEX_NAME and "/" not in path:
+        path = f"library/{path}"
+    return f"{registry}/{path}"
+
+
 class DockerEngine:
     """A Docker-compatible engine, reached as the user's environment says (DOCKER_HOST or the default socket)."""
 
@@ -205,7 +219,7 @@ class DockerEngine:
     @_translated
     def build(self, plan: Plan, base: BaseImage | None, *, store: Store, steps: Steps) -> BuiltImage:
         """Build the plan's Dockerfile hermetically: no network in any step, wheels and base from the store."""
-        name = f"{UNPROVEN}:{plan.cell.id}"
+        name = self.unproven_name(plan.cell.id)
         with contextlib.suppress(docker.errors.ImageNotFound):
             self.client.images.remove(name)  # a run that was killed before its proof left it
         with store.scratch(f"docker-{plan.cell.id}") as work:
@@ -243,6 +257,10 @@ class DockerEngine:
 
     # ------------------------------------------------------------------ Runner
 
+    def unproven_name(self, cell_id: str) -> str:
+        """Return the name of a cell's image between build or load and proof."""
+        return f"{UNPROVEN}:{cell_id}"
+
     @_translated
     def run(
         self, digest: str, argv: Sequence[str], *, files: Mapping[str, bytes], collect: Sequence[str], timeout_s: float
@@ -251,8 +269,12 @@ class DockerEngine:
 
         Files travel as archives, not as mounts, so the engine may be on another machine.
         """
+        # A run that was killed before its end left its container, and that would keep the image for ever.
+        for stale in self.client.containers.list(all=True, filters={"label": f"{PROOF_LABEL}={digest}"}):
+            stale.remove(force=True, v=True)
         container = self.client.containers.create(
             digest,
+            labels={PROOF_LABEL: digest},
             command=list(argv),
             network_mode="none",
             cap_drop=["ALL"],
@@ -322,6 +344,39 @@ class DockerEngine:
             return False
         return True
 
+    @_translated
+    def load(self, archive: Iterable[bytes], *, progress: Callable[[int], None] | None = None) -> None:
+        """Stream an archive of images into the engine; `progress` is called with the size of each piece it took.
+
+        What raises while the archive is read is raised here, and the engine, which sees the stream break off, makes
+        no image. Afterwards the caller asks `holds`: Docker 28 also takes, without a word, an image that lacks layers
+        or came with wrong bytes.
+        """
+
+        def told() -> Iterator[bytes]:
+            for piece in archive:
+                if piece:  # an empty one would end the stream
+                    yield piece
+                    if progress:
+                        progress(len(piece))
+
+        for message in self.client.api.load_image(told(), quiet=True):  # type: ignore[no-untyped-call]
+            if "error" in message:
+                raise _load_error(str(message["error"]).strip())
+
+    @_translated
+    def holds(self, digest: str) -> bool:
+        """Tell whether the engine has every byte of the image; one older than Docker 28 cannot say, and is believed."""
+        api = self.client.api
+        # docker-py has no method that takes `manifests`.
+        url = f"{api.base_url}/v{api.api_version}/images/{digest}/json"
+        answer = api.get(url, params={"manifests": "true"}, timeout=WORK_S)
+        if answer.status_code == requests.codes.not_found:
+            return False
+        answer.raise_for_status()
+        manifests = answer.json().get("Manifests") or ()
+        return all(manifest.get("Available", True) for manifest in manifests)
+
     def build_cache(self) -> frozenset[str]:
         """Return the ids of what BuildKit keeps at the moment."""
         command = [self._docker, "buildx", "du", "--builder", "default", "--format", "json"]
@@ -378,6 +433,16 @@ def _build_error(plan: Plan, log: BuildkitLog) -> CellFailedError | EngineError:
     return CellFailedError(
         f"{plan.cell.id}: a build step failed ({reason})", where=step, why="\n".join(lines) or "it printed nothing"
     )
+
+
+def _load_error(reason: str) -> DiskError | EngineError:
+    if "no space left on device" in reason:
+        return DiskError(
+            "the disk of the container engine is full",
+            why=reason,
+            tries=("docker system df says what takes it, docker system prune makes room",),
+        )
+    return EngineError("the container engine could not load the image", why=reason, tries=REMEDIES[1:2])
 
 
 def _by_directory(files: Mapping[str, bytes]) -> dict[str, dict[str, bytes]]:

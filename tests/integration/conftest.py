@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import docker
+import docker.errors
 import pytest
 import yaml
 
+from builder import base as bases
+from builder.matrix import Cell
 from builder.project import Project
+from builder.store import Store
 from tests.support.index_server import IndexServer
 from tests.support.wheels import Universe, universe
 
 ROOT = Path(__file__).parents[2]
+ENGINES: Mapping[str, tuple[str, ...]] = {"oci": ("--load",), "docker": ("--engine", "docker")}
+"""What to ask of `build` so that an image made by the engine runs in the container engine."""
+PROOF = {"oci": ["bytes", "container"], "docker": ["container"]}
+NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere/docker.sock"}
+CPU = "torch2.13.0-cpu-py3.11-bookworm-runtime"
+REAL_REPOSITORY = "torchyard-test-real"
 
 
 @dataclass(frozen=True)
@@ -38,9 +50,14 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "builder", *arguments]
 
 
+def environment() -> dict[str, str]:
+    """Return the environment in which the code beside these tests is found from any directory."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
 def torchyard(*arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout_s: float = 900) -> Ran:
     done = subprocess.run(
-        command(*arguments), cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True,
+        command(*arguments), cwd=cwd, env={**environment(), **(env or {})}, capture_output=True, text=True,
         timeout=timeout_s, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     return Ran(done.returncode, done.stdout, done.stderr)
@@ -51,6 +68,52 @@ def client() -> Iterator[docker.DockerClient]:
     client = docker.from_env()
     yield client
     client.close()
+
+
+@pytest.fixture(params=sorted(ENGINES))
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each of the engines that make images, in turn."""
+    return str(request.param)
+
+
+def names(client: docker.DockerClient, repository: str) -> set[str]:
+    """Return every name of the repository's images."""
+    return {tag for image in client.images.list(name=repository) for tag in image.tags}
+
+
+def remove(client: docker.DockerClient, repository: str) -> None:
+    """Take every image of the repository out of the engine, as far as it has no other name."""
+    for name in names(client, repository):
+        with contextlib.suppress(docker.errors.ImageNotFound):
+            client.images.remove(name, force=True)
+
+
+# --------------------------------------------------------------------------- stores
+
+
+def new_store(root: Path, *cells: Cell, wheels: Iterable[str] = ()) -> None:
+    """Make a store with the cells' bases and some wheels of the user's store, and nothing that was made of them."""
+    project, user, store = Project(ROOT / "matrix.yaml"), Store.open(), Store.open(root)
+    blobs = set(wheels)
+    for cell in cells:
+        lock = project.base_lock(cell)
+        assert lock is not None
+        bases.fetch(lock, user)
+        layout = bases.make(lock, user).layout
+        shutil.copytree(layout, store.root / "layouts" / layout.name, copy_function=_link, dirs_exist_ok=True)
+        blobs |= {deb.sha256 for deb in lock.debs}
+    for sha256 in blobs:
+        _link(user.path(sha256), store.path(sha256))
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+# --------------------------------------------------------------------------- tiny cells
 
 
 @dataclass
@@ -95,14 +158,30 @@ class Tiny:
     def serve_cells(self, project: Project) -> None:
         self.serve(*(universe(cell) for cell in project.cells))
 
-    def run(self, *arguments: str, timeout_s: float = 600) -> Ran:
-        return torchyard(*arguments, cwd=self.root, env=self.env, timeout_s=timeout_s)
+    def locked(self, *, repository: str, include: Sequence[Mapping[str, Any]], **more: Any) -> Project:
+        """Write a project whose index has all that it needs, lock and render it."""
+        project = self.write(repository=repository, include=include, **more)
+        self.serve_cells(project)
+        self.lock_and_render()
+        return project
+
+    def lock_and_render(self) -> None:
+        for verb in ("lock", "render"):
+            ran = self.run(verb)
+            assert ran.code == 0, ran.err
+
+    def run(self, *arguments: str, timeout_s: float = 600, env: Mapping[str, str] | None = None) -> Ran:
+        return torchyard(*arguments, cwd=self.root, env={**self.env, **(env or {})}, timeout_s=timeout_s)
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Tiny]:
+    """A project without cells yet, and a store of its own: what an earlier test made is not there."""
+    shipped = Project(ROOT / "matrix.yaml").cells
+    new_store(tmp_path / "home", next(cell for cell in shipped if cell.base_name == "bookworm"))
     with IndexServer() as server:
         environment = {
+            "TORCHYARD_HOME": str(tmp_path / "home"),
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_INDEX_URL": server.url("default"),
             "PIP_FIND_LINKS": "",
@@ -110,3 +189,76 @@ def tiny(tmp_path: Path) -> Iterator[Tiny]:
             "UV_CACHE_DIR": str(tmp_path / "uv-cache"),
         }
         yield Tiny(root=tmp_path, server=server, env=environment)
+
+
+# --------------------------------------------------------------------------- real cells
+
+
+@dataclass(frozen=True)
+class Real:
+    """The project as it is, but for the repository: images that the user made are not touched."""
+
+    root: Path
+
+    @property
+    def project(self) -> Project:
+        return Project(self.root / "matrix.yaml")
+
+    def cell(self, name: str) -> Cell:
+        (cell,) = self.project.select([name])
+        return cell
+
+    def run(self, *arguments: str, timeout_s: float = 900, env: Mapping[str, str] | None = None) -> Ran:
+        return torchyard(*arguments, cwd=self.root, env=env, timeout_s=timeout_s)
+
+    def copy(self, root: Path) -> Real:
+        root.mkdir(exist_ok=True)
+        for name in ("matrix.yaml", "images", "templates"):
+            source = self.root / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
+        return Real(root=root)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A cell that was built by one of the engines and proven in a container."""
+
+    name: str
+    """In the container engine; the cell's own tags may have moved on to another engine's image."""
+    document: Mapping[str, Any]
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory, client: docker.DockerClient) -> Iterator[Real]:
+    real = Real(root=ROOT).copy(tmp_path_factory.mktemp("real"))
+    matrix = real.root / "matrix.yaml"
+    text = matrix.read_text("utf-8")
+    assert text.count("\nrepository: torchyard\n") == 1
+    matrix.write_text(text.replace("\nrepository: torchyard\n", f"\nrepository: {REAL_REPOSITORY}\n"), "utf-8")
+    ran = real.run("render")
+    assert ran.code == 0, ran.err
+    remove(client, REAL_REPOSITORY)
+    yield real
+    remove(client, REAL_REPOSITORY)
+
+
+@pytest.fixture(scope="session")
+def cpu_oci(real: Real, client: docker.DockerClient) -> Built:
+    return _built(real, client, "oci")
+
+
+@pytest.fixture(scope="session")
+def cpu_docker(real: Real, client: docker.DockerClient) -> Built:
+    return _built(real, client, "docker")
+
+
+def _built(real: Real, client: docker.DockerClient, engine: str) -> Built:
+    ran = real.run("build", CPU, *ENGINES[engine], "--rebuild", "--json")
+    assert ran.code == 0, ran.err
+    (document,) = ran.document
+    assert (document["proven"], document["engine"], document["proof"]) == (True, engine, PROOF[engine])
+    for tag in real.cell(CPU).tags:
+        assert client.images.get(tag).id == document["digest"]
+    # The other engine's image will take over the tags, and an image goes with its last name.
+    client.images.get(document["digest"]).tag(REAL_REPOSITORY, engine)
+    return Built(name=f"{REAL_REPOSITORY}:{engine}", document=document)

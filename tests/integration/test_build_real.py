@@ -1,4 +1,4 @@
-"""Real torch through a real engine: the CPU cell every time, one CUDA cell where the disk allows."""
+"""Real torch through real engines: the CPU cell every time, one CUDA cell where the disk allows."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import docker
 import pytest
 
 from builder.engines.docker import DockerEngine
-from builder.project import Project
-from tests.integration.conftest import ROOT, torchyard
+from tests.integration.conftest import CPU, NO_ENGINE, REAL_REPOSITORY, ROOT, Built, Real, new_store
 
 pytestmark = [
     pytest.mark.engine,
@@ -23,24 +22,14 @@ pytestmark = [
     pytest.mark.timeout(1200),
 ]
 
-CPU = "torch2.13.0-cpu-py3.11-bookworm-runtime"
 CUDA = "torch2.15.0-cu132-cudnn9.26.0.51-py3.11-bookworm-runtime"
-CUDA_NEEDS_GB = 30
+CUDA_NEEDS_GB = 15
 
 
-@pytest.fixture(scope="module")
-def cpu_digest() -> str:
-    ran = torchyard("build", CPU, "--rebuild", "--json")
-    assert ran.code == 0, ran.err
-    (document,) = ran.document
-    assert document["proven"] is True
-    return str(document["digest"])
-
-
-@pytest.fixture(scope="module")
-def cpu_tag() -> str:
-    (cell,) = Project(ROOT / "matrix.yaml").select([CPU])
-    return cell.tags[0]
+@pytest.fixture(params=["oci", "docker"])
+def cpu(request: pytest.FixtureRequest) -> Built:
+    built: Built = request.getfixturevalue(f"cpu_{request.param}")
+    return built
 
 
 def run(client: docker.DockerClient, image: str, code: str, *, user: str | None = None) -> str:
@@ -48,58 +37,78 @@ def run(client: docker.DockerClient, image: str, code: str, *, user: str | None 
     return output.decode().strip()
 
 
-def test_the_cpu_cell_runs_and_is_what_it_says(client: docker.DockerClient, cpu_digest: str, cpu_tag: str) -> None:
-    image = client.images.get(cpu_tag)
-    assert image.id == cpu_digest
-    declared = json.loads((ROOT / "images" / CPU / "image.json").read_text("utf-8"))
+def test_the_cpu_cell_runs_and_is_what_it_says(client: docker.DockerClient, real: Real, cpu: Built) -> None:
+    image = client.images.get(cpu.name)
+    assert image.id == cpu.document["digest"]
+    declared = json.loads((real.root / "images" / CPU / "image.json").read_text("utf-8"))
     configuration = image.attrs["Config"]
     assert configuration["User"] == declared["config"]["user"]
     assert configuration["Labels"].items() >= declared["config"]["labels"].items()
     assert dict(entry.split("=", 1) for entry in configuration["Env"]).items() >= declared["config"]["env"].items()
-    assert run(client, cpu_tag, "import torch; print(torch.__version__, torch.version.cuda)") == "2.13.0+cpu None"
-    inside = run(client, cpu_tag, f"print(open({'/usr/local/share/torchyard/image.json'!r}).read())")
+    assert run(client, cpu.name, "import torch; print(torch.__version__, torch.version.cuda)") == "2.13.0+cpu None"
+    inside = run(client, cpu.name, f"print(open({'/usr/local/share/torchyard/image.json'!r}).read())")
     assert json.loads(inside) == declared
 
 
-def test_the_cpu_cell_is_the_same_image_when_built_again(cpu_digest: str, tmp_path: Path) -> None:
-    # Elsewhere, as somebody else would: another directory, umask, time zone and language.
-    for name in ("matrix.yaml", "images", "templates"):
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+def test_the_copy_is_the_project_but_for_the_repository(real: Real) -> None:
+    shipped, copied = ((root / "images" / CPU / "image.json").read_text("utf-8") for root in (ROOT, real.root))
+    assert copied == shipped.replace('"torchyard:', f'"{REAL_REPOSITORY}:')
+
+
+def test_the_cpu_cell_is_the_same_image_when_built_elsewhere(cpu_oci: Built, real: Real, tmp_path: Path) -> None:
+    """As somebody else would: another directory, umask, time zone and language, and nothing made before."""
+    elsewhere = real.copy(tmp_path / "project")
+    cell = elsewhere.cell(CPU)
+    wheels = [wheel.sha256 for wheel in elsewhere.project.lock(cell).wheels]
+    new_store(tmp_path / "home", cell, wheels=wheels)
+    changed = {"TORCHYARD_HOME": str(tmp_path / "home"), "TZ": "Asia/Tokyo", "LANG": "C", **NO_ENGINE}
     before = os.umask(0o077)
     try:
-        ran = torchyard(
-            "build",
-            CPU,
-            "--rebuild",
-            "--json",
-            cwd=tmp_path,
-            env={"TZ": "Asia/Tokyo", "LANG": "C", "PYTHONPATH": str(ROOT)},
-        )
+        ran = elsewhere.run("build", CPU, "--json", env=changed)
     finally:
         os.umask(before)
     assert ran.code == 0, ran.err
-    assert ran.document[0]["digest"] == cpu_digest
+    (document,) = ran.document
+    assert (document["reused"], document["proof"]) == (False, ["bytes"])
+    assert document["digest"] == cpu_oci.document["digest"]
 
 
-def test_compile_works_for_an_arbitrary_user(client: docker.DockerClient, cpu_digest: str) -> None:
+def test_compile_works_for_an_arbitrary_user(client: docker.DockerClient, cpu: Built) -> None:
     code = "import torch; print(torch.compile(lambda x: (x + 1).sum())(torch.ones(8)).item())"
-    assert run(client, cpu_digest, code, user="12345:0") == "16.0"
+    assert run(client, cpu.name, code, user="12345:0") == "16.0"
 
 
-def test_pip_can_install_more(client: docker.DockerClient, cpu_digest: str, tmp_path: Path) -> None:
+def test_no_source_is_compiled_at_start(client: docker.DockerClient, cpu: Built) -> None:
+    """Bytecode that Python did not accept would be made again in every container."""
+    loud: bytes = client.containers.run(
+        cpu.name, ["python", "-v", "-c", "import torch"], remove=True, network_mode="none", stdout=False, stderr=True
+    )
+    lines = loud.decode().splitlines()
+    assert sum("/__pycache__/" in line and " matches /opt/venv/" in line for line in lines) > 500
+    assert not [line for line in lines if line.startswith("# code object from /opt/venv/")]
+
+
+@pytest.mark.parametrize("user", [None, "12345:0"])
+def test_pip_can_install_and_uninstall(client: docker.DockerClient, cpu: Built, user: str | None) -> None:
+    """pip calls the files of packages by lib/python3.11, which is a link; those of the image it removes whole."""
     code = (
-        "import pathlib, subprocess, sys; d = pathlib.Path('/tmp/p'); d.mkdir();"
+        "import importlib, pathlib, subprocess, sys; d = pathlib.Path('/tmp/p'); d.mkdir();"
         "(d / 'pyproject.toml').write_text('[project]\\nname=\"more\"\\nversion=\"1\"\\n');"
         "(d / 'more.py').write_text('x = 1\\n');"
-        "subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-build-isolation', '--no-index', '/tmp/p'],"
-        " check=True, stdout=sys.stderr); import importlib; importlib.invalidate_caches(); import more; print(more.x)"
+        "pip = lambda *rest: subprocess.run([sys.executable, '-m', 'pip', *rest], check=True, stdout=sys.stderr);"
+        "pip('check');"
+        "pip('install', '-q', '--no-build-isolation', '--no-index', '/tmp/p');"
+        "importlib.invalidate_caches(); import more; print(more.x);"
+        "pip('uninstall', '-q', '-y', 'more', 'sympy');"
+        "venv = pathlib.Path('/opt/venv'); site = venv / 'lib/python3.11/site-packages';"
+        "names = ('more*', '__pycache__/more*', 'sympy*', 'isympy*', '__pycache__/isympy*');"
+        "print([p.name for name in names for p in site.glob(name)], (venv / 'bin/isympy').exists())"
     )
-    assert run(client, cpu_digest, code) == "1"
+    assert run(client, cpu.name, code, user=user).splitlines() == ["1", "[] False"]
 
 
 @pytest.mark.timeout(1800)
-def test_a_cuda_cell(client: docker.DockerClient, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cuda_cell(client: docker.DockerClient, real: Real, capsys: pytest.CaptureFixture[str]) -> None:
     if not (os.environ.get("CI") or os.environ.get("TORCHYARD_TEST_CUDA")):
         pytest.skip("takes 3 GB of downloads and minutes: set TORCHYARD_TEST_CUDA=1 (CI does it always)")
     free_gb = shutil.disk_usage(DockerEngine().disk or "/").free / 1e9
@@ -108,13 +117,12 @@ def test_a_cuda_cell(client: docker.DockerClient, capsys: pytest.CaptureFixture[
         with capsys.disabled():
             sys.stderr.write(f"\n{'!' * 80}\n{message}\n{'!' * 80}\n")
         pytest.skip(message)
-    (cell,) = Project(ROOT / "matrix.yaml").select([CUDA])
-    ran = torchyard("build", CUDA, "--rebuild", "--json", timeout_s=1700)
+    ran = real.run("build", CUDA, "--load", "--rebuild", "--json", timeout_s=1700)
     try:
         assert ran.code == 0, ran.err
         (document,) = ran.document
-        assert document["proven"] is True
+        assert document["proof"] == ["bytes", "container"]
         code = "import torch; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version())"
         assert run(client, document["digest"], code) == "2.15.0+cu132 13.2 92600"
     finally:
-        DockerEngine().untag(cell.tags)
+        DockerEngine().untag(real.cell(CUDA).tags)

@@ -178,6 +178,8 @@ def torch_wheel(
         "torch/cuda/__init__.py": _CUDA,
         "torch/backends/__init__.py": "from torch.backends import cudnn\n",
         "torch/backends/cudnn.py": _CUDNN,
+        # Where the real one holds the list it was compiled with.
+        "torch/lib/libtorch_python.so": f"\x7fELF\0...rpc_h{' '.join(architectures)}\0\0" if cuda else "\x7fELF\0",
     }
     return wheel(
         "torch",
@@ -193,8 +195,17 @@ def nccl_wheel(project: str, version: str, *, platform: str = "linux/amd64") -> 
     """Make an NCCL whose library can be loaded (on amd64) and asked for its version."""
     major, minor, patch = Version(version).release[:3]
     library = _shared_object(b"ncclGetVersion", major * 10000 + minor * 100 + patch)
+    library += b"\0NCCL version %d.%d.%d+cuda12.8\0" % (major, minor, patch)
     tag = f"py3-none-manylinux_2_18_{MACHINES[platform]}"
     return wheel(project, version, tag=tag, files={"nvidia/nccl/lib/libnccl.so.2": library})
+
+
+def cudnn_wheel(project: str, version: str, *, tag: str) -> FakeWheel:
+    """Make a cuDNN with the header in which the real one says what it is."""
+    names = ("MAJOR", "MINOR", "PATCHLEVEL")
+    numbers = zip(names, Version(version).release, strict=False)
+    header = "".join(f"#define CUDNN_{name} {number}\n" for name, number in numbers)
+    return wheel(project, version, tag=tag, files={"nvidia/cudnn/include/cudnn_version.h": header.encode()})
 
 
 def _shared_object(symbol: bytes, answer: int) -> bytes:
@@ -260,7 +271,7 @@ def universe(cell: Cell) -> Universe:
         cudnn, nccl, nccl_version = f"nvidia-cudnn-cu{major}", f"nvidia-nccl-cu{major}", str(cell.nccl or NCCL)
         library = f"py3-none-manylinux_2_27_{machine}"
         default += [wheel(runtime, f"{cell.cuda}.90", tag=library), wheel("triton", TRITON)]
-        default += [wheel(cudnn, version, tag=library) for version in sorted({str(stock), str(cell.cudnn)})]
+        default += [cudnn_wheel(cudnn, version, tag=library) for version in sorted({str(stock), str(cell.cudnn)})]
         default += [nccl_wheel(nccl, nccl_version, platform=cell.platform)]
         pins = [f"{runtime}=={cell.cuda}.90", f"{cudnn}=={stock}", f"{nccl}=={nccl_version}", f"triton=={TRITON}"]
         requires += [f'{pin}; platform_system == "Linux"' for pin in pins]

@@ -155,3 +155,26 @@ def test_made_once_and_the_same_everywhere(store: Store, monkeypatch: pytest.Mon
     store.path(image.layer.sha256).unlink()
     assert base.make(LOCK, store) == image
     assert store.has(image.layer.sha256), "a blob that was collected is linked back from the layout"
+
+
+def test_a_damaged_base_is_made_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+
+    def fake(lock: BaseLock, store: Store, scratch: Path, **_: object) -> Path:
+        nonlocal made
+        made += 1
+        path = scratch / "raw.tar"
+        path.write_bytes(b"".join(tar.stream(a_tree())))
+        return path
+
+    monkeypatch.setattr(base, "bootstrap", fake)
+    image = base.make(LOCK, store)
+    blob = store.path(image.layer.sha256)
+    blob.chmod(0o644)
+    with blob.open("r+b") as file:  # in the store and in the layout, which are one file
+        file.seek(20)
+        file.write(b"!")
+    assert not store.verify(image.layer.sha256), "whoever reads it finds out, and removes it"
+    assert base.make(LOCK, store) == image
+    assert made == 2
+    assert store.verify(image.layer.sha256)

@@ -357,7 +357,7 @@ def dead_engine() -> Iterator[None]:
 @pytest.mark.parametrize("host", ["unix:///nowhere/docker.sock", "tcp://127.0.0.1:1", "nonsense"])
 def test_without_an_engine_it_is_8_with_three_ways_to_get_one(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_HOST", host)
-    result = run("build", "-m", ROOT / "matrix.yaml", CPU)
+    result = run("build", "-m", ROOT / "matrix.yaml", CPU, "--load")
     assert result.exit_code == 8
     assert "no container engine answers" in result.stderr
     assert host in result.stderr
@@ -372,14 +372,14 @@ def test_an_engine_that_refuses_is_quoted_in_one_line(monkeypatch: pytest.Monkey
         raise docker.errors.DockerException(inner)
 
     monkeypatch.setattr(docker, "from_env", refuse)
-    result = run("build", "-m", ROOT / "matrix.yaml", CPU)
+    result = run("load", "-m", ROOT / "matrix.yaml", CPU)
     assert result.exit_code == 8
     assert re.search(r"(?m)^  why   Connection refused$", result.stderr)
 
 
 @pytest.mark.usefixtures("dead_engine")
 def test_without_an_engine_machines_are_told_too() -> None:
-    result = run("build", "-m", ROOT / "matrix.yaml", CPU, "--json")
+    result = run("build", "-m", ROOT / "matrix.yaml", CPU, "--engine", "docker", "--json")
     assert result.exit_code == 8
     assert json.loads(result.stdout)["error"] == "EngineError"
 

@@ -204,7 +204,11 @@ def test_image_json_says_what_the_dockerfile_does(cell: Cell) -> None:
     assert config["exposed_ports"] == [arguments for name, arguments in found if name == "EXPOSE"]
     assert ("ARG", f"SOURCE_DATE_EPOCH={declared['epoch']}") in found
     assert f"{declared['prefix']}/bin/pip" not in text_of(plan)
-    assert f"python3 -m venv --without-pip {declared['prefix']};" in text_of(plan)
+    for path, target in plan.environment.links.items():
+        assert f"{target.replace('{home}', '$home')}" in text_of(plan)
+        assert f" {declared['prefix']}/{path}; " in text_of(plan)
+    for path in plan.environment.files:
+        assert f"> {declared['prefix']}/{path}; " in text_of(plan)
     assert f"/context/image.json {IMAGE_JSON}" in text_of(plan)
     assert declared["base"]["image"] in [arguments.split()[0] for name, arguments in found if name == "FROM"]
 

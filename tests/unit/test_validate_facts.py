@@ -126,9 +126,9 @@ def test_a_torch_that_breaks_is_a_finding(tmp_path: Path, source: str, error: st
 
 
 def test_a_distribution_that_is_there_twice_is_not_hidden(tmp_path: Path) -> None:
-    distribution(tmp_path, "numpy", "2.3.1")
-    distribution(tmp_path, "NumPy", "1.26.4")
-    assert look(tmp_path)["facts"]["packages"]["numpy"] == "1.26.4 and 2.3.1"
+    distribution(tmp_path, "twice-here", "2.3.1")
+    distribution(tmp_path, "Twice.Here", "1.26.4")
+    assert look(tmp_path)["facts"]["packages"]["twice-here"] == "1.26.4 and 2.3.1"
 
 
 @pytest.mark.parametrize(("number", "version"), [(22703, "2.27.3"), (2708, "2.7.8"), (23007, "2.30.7")])

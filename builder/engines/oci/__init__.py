@@ -1,0 +1,164 @@
+"""The oci engine: a plan's image out of the wheels' own bytes, without a daemon, without root, without installing."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+from builder import layout
+from builder.base import BaseImage
+from builder.engines import BuiltImage, Steps
+from builder.engines.oci.foundation import Foundation, foundation_of
+from builder.engines.oci.layers import Compiler, Made, StoppedError, cell_layer, refuse_collisions, spliced
+from builder.engines.oci.stack import Group, stack
+from builder.layout import History
+from builder.render import ImageConfig, Plan
+from builder.store import Store
+
+OBSERVED = 1
+"""Schema of what was observed: that of `validate/facts.py`."""
+
+
+class OciEngine:
+    """Makes images in the store; layers of wheels are recipes there, computed once for all cells."""
+
+    name = "oci"
+
+    def __init__(self, *, workers: int | None = None) -> None:
+        self._workers = workers or os.cpu_count() or 1
+
+    def build(self, plan: Plan, base: BaseImage | None, *, store: Store, steps: Steps) -> BuiltImage:
+        """Make the image in the store, and read out of its bytes what they say of it.
+
+        Raises WheelError for a wheel that is none, HashMismatchError for one that was damaged in the store, which is
+        then no longer there.
+        """
+        steps.step("base")
+        foundation = foundation_of(plan, base, store)
+        groups = stack(plan.lock.wheels, taken=len(foundation.layers))
+        wheels, bytecode, identity = self._layers(plan, foundation, groups, store, steps)
+        own = cell_layer(plan, foundation, store)
+        refuse_collisions([own, *wheels])
+        layers = [*wheels, *bytecode, own]
+        steps.step("image")
+        image = layout.assemble(
+            store,
+            architecture=plan.cell.platform.partition("/")[2],
+            config=run_config(foundation.config, plan.config),
+            epoch=plan.epoch,
+            layers=[*foundation.layers, *(made.layer for made in layers)],
+            history=[*foundation.history, *(History(created_by=f"torchyard: {made.title}") for made in layers)],
+        )
+        return BuiltImage(
+            digest=image.manifest.digest,
+            size_bytes=sum(blob.size for blob in image.blobs),
+            observed=observed(plan, wheels, identity),
+        )
+
+    def _layers(
+        self, plan: Plan, foundation: Foundation, groups: Sequence[Group], store: Store, steps: Steps
+    ) -> tuple[list[Made], list[Made], Mapping[str, str]]:
+        """Make the layers of wheels and of bytecode, all cores busy, the longest first."""
+        stopped = threading.Event()
+        done = 0
+        lock = threading.Lock()
+
+        def one(group: Group) -> Made:
+            nonlocal done
+            made = spliced(group, store, stopped=stopped)
+            with lock:
+                done += 1
+                steps.step(f"layer {done} of {len(groups)} · {group.size / 1e6:.0f} MB · {_short(group)}")
+            return made
+
+        python = plan.cell.python
+        with (
+            Compiler(foundation, store, python=python, workers=self._workers, stopped=stopped) as compiler,
+            ThreadPoolExecutor(self._workers + 1) as pool,
+        ):
+            compiled = pool.submit(_bytecode, compiler, plan)
+            by_size = sorted(groups, key=lambda group: (-group.size, group.title))
+            futures = {group.title: pool.submit(one, group) for group in by_size}
+            try:
+                _finish([compiled, *futures.values()])
+            except BaseException:
+                stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            return [futures[group.title].result() for group in groups], compiled.result(), compiler.identity
+
+
+def _short(group: Group) -> str:
+    first, *rest = group.wheels
+    return f"{first.name} {first.version}" + (f" and {len(rest)} more" if rest else "")
+
+
+def _bytecode(compiler: Compiler, plan: Plan) -> list[Made]:
+    """Make the layers of bytecode: torch's, which few packages change with, and that of all others."""
+    torch = [wheel for wheel in plan.lock.wheels if wheel.name == "torch"]
+    rest = [wheel for wheel in plan.lock.wheels if wheel.name != "torch"]
+    return [
+        compiler.layer(wheels, title=f"bytecode of {whose}")
+        for wheels, whose in ((torch, "torch"), (rest, "the other packages"))
+        if wheels
+    ]
+
+
+def _finish(futures: Sequence[Future[Any]]) -> None:
+    """Wait until all are done; raises the first failure that is not a mere consequence of another."""
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in done:
+        error = future.exception()
+        if error is not None and not isinstance(error, StoppedError):
+            raise error
+    for future in futures:
+        future.result()
+
+
+def run_config(base: Mapping[str, Any], config: ImageConfig) -> dict[str, Any]:
+    """Return the run part of an image's configuration: the base's, and over it the plan's, as a Dockerfile would."""
+    env = dict(line.split("=", 1) for line in base.get("Env") or () if "=" in line) | dict(config.env)
+    merged = dict(base) | {
+        "Env": [f"{name}={value}" for name, value in env.items()],
+        "Labels": dict(sorted({**(base.get("Labels") or {}), **config.labels}.items())),
+        "User": config.user,
+        "WorkingDir": config.workdir,
+        "Cmd": list(config.cmd),
+    }
+    if config.entrypoint:
+        merged["Entrypoint"] = list(config.entrypoint)
+    ports = {**(base.get("ExposedPorts") or {}), **{port: {} for port in config.exposed_ports}}
+    if ports:
+        merged["ExposedPorts"] = ports
+    return merged
+
+
+def observed(plan: Plan, wheels: Sequence[Made], identity: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the image's bytes say of it, in the form of `validate/facts.py`.
+
+    What no wheel brings is none: a CPU build has no cuDNN. What a wheel should say and does not is absent.
+    """
+    names = {wheel.name for wheel in plan.lock.wheels}
+    facts: dict[str, Any] = {
+        "cudnn_number": None,
+        "nccl": None,
+        "architectures": [],
+        "python": ".".join(identity["version"].split(".")[:2]),
+        "python_full": identity["version"],
+        # Their names and versions were compared with those in the wheels when these were opened.
+        "packages": {wheel.name: str(wheel.version) for wheel in plan.lock.wheels},
+    }
+    for fact, package in (("cudnn_number", "nvidia-cudnn"), ("nccl", "nvidia-nccl")):
+        if any(name.startswith(package) for name in names):
+            del facts[fact]
+    for made in wheels:
+        facts |= made.facts
+    errors = {
+        fact: "the wheels' bytes do not say it"
+        for fact in ("torch", "cuda", "cudnn_number", "nccl", "architectures")
+        if fact not in facts
+    }
+    return {"schema": OBSERVED, "facts": facts, "errors": errors}
