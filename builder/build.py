@@ -11,7 +11,7 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -302,11 +302,11 @@ class StoreSession(Session):
             stored, name = export.stored_image(self._store, image.digest), host.unproven_name(plan.cell.id)
             with self._report.steps(plan.cell.id) as steps:
                 steps.step(f"load into the engine ({_gb(image.size_bytes)})")
-                host.load(export.archive(self._store, stored, tags=[name]))
+                host.load(_told(export.archive(self._store, stored, tags=[name]), image.size_bytes, steps))
                 if not host.holds(image.digest):
                     # Seen once beside other builds: the engine dropped layers while they came. Sent again, they stay.
                     steps.step("load once more: the engine lost layers")
-                    host.load(export.archive(self._store, stored, tags=[name]))
+                    host.load(_told(export.archive(self._store, stored, tags=[name]), image.size_bytes, steps))
                 try:
                     _require_whole(host, image)
                     steps.step("prove in a container: observed = declared")
@@ -322,6 +322,18 @@ class StoreSession(Session):
         image = replace(image, in_engine=True, seconds=round(time.monotonic() - started, 1))
         room.hold(image)
         return image
+
+
+def _told(archive: Iterator[bytes], size: int, steps: Steps) -> Iterator[bytes]:
+    """Pass an archive of about `size` bytes on, and report every fifth of it and its end."""
+    sent, fifths = 0, 0
+    for piece in archive:
+        yield piece
+        sent += len(piece)
+        if sent * 5 // size > fifths:
+            fifths = sent * 5 // size
+            steps.step(f"sent {min(sent, size) / 1e9:.1f} of {_gb(size)}")
+    steps.step("unpack")
 
 
 def _require_whole(host: Host, image: Image) -> None:

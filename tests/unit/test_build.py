@@ -287,8 +287,10 @@ def test_a_wheel_that_is_none_is_not_fetched_again(tmp_path: Path) -> None:
 
 def test_it_is_loaded_unproven_then_proven_then_tagged(one: Ready, tmp_path: Path) -> None:
     host = host_of(one.plan)
-    image = session_of(one, tmp_path, host=host)[0].build(one.plan)
+    session, said = session_of(one, tmp_path, host=host)
+    image = session.build(one.plan)
     assert host.calls == [f"load unproven:{one.plan.cell.id}", "run", f"tag {one.plan.cell.tags[0]}"]
+    assert [line.split()[0] for line in said.lines[-4:]] == ["load", "sent", "unpack", "prove"]
     assert (image.proof, image.in_engine, image.reused) == ((BYTES, CONTAINER), True, False)
     assert {host.names[tag] for tag in image.tags} == {image.digest}
     (record,) = records(one.store)
