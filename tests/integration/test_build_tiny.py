@@ -176,8 +176,8 @@ def test_elsewhere_it_is_the_same_image(
         ("docker", "RUN", 0.5, signal.SIGINT, 130),
         ("docker", "RUN", 0.5, signal.SIGTERM, 130),
         ("docker", "RUN", 0.5, signal.SIGKILL, -9),
-        ("oci", "layers", 0.5, signal.SIGINT, 130),
-        ("oci", "layers", 0.5, signal.SIGKILL, -9),
+        ("oci", "layer 1", 0.5, signal.SIGINT, 130),
+        ("oci", "layer 1", 0.5, signal.SIGKILL, -9),
         ("oci", "load into", 0.2, signal.SIGTERM, 130),
         ("oci", "prove in", 0.1, signal.SIGKILL, -9),
     ],
@@ -198,7 +198,8 @@ def test_an_interrupted_build_is_taken_up_again(
         time.sleep(pause_s)
         process.send_signal(number)
         rest = process.stderr.read()
-        assert process.wait(timeout=60) == code, rest
+        # Dropping what BuildKit kept takes long on a disk that is busy.
+        assert process.wait(timeout=240) == code, rest
     assert "Traceback" not in rest
     assert not tags(client)
     ran = tiny.run(*build, "--json")
