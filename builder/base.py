@@ -163,7 +163,8 @@ def _kept(directory: Path, store: Store) -> layout.Image | None:
             shutil.rmtree(directory)
             return None
         for blob in missing:
-            store.path(blob.sha256).hardlink_to(directory / "blobs" / "sha256" / blob.sha256)
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                store.path(blob.sha256).hardlink_to(directory / "blobs" / "sha256" / blob.sha256)
     return image
 
 

@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,10 @@ from builder.engines.docker import DockerEngine
 from builder.errors import EngineError
 from builder.index import Configuration
 from tests.support.index_server import IndexServer
+
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and whatever they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
