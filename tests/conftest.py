@@ -19,7 +19,6 @@ from builder.errors import EngineError
 from builder.index import Configuration
 from tests.support.index_server import IndexServer
 
-
 # A shell that starts the tests in the background has Ctrl-C ignored, and whatever they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
