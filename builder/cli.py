@@ -485,7 +485,7 @@ def export_command(
             several = len(plans) > 1 or target.is_dir() or output.endswith("/")
             if form == "layout":
                 path = target / plan.cell.id if several else target
-                exports.write_layout(path, store, image, tag=plan.cell.tag_names[0])
+                exports.write_layout(path, store, image, tag=tags[0])
             else:
                 path = target / f"{plan.cell.id}.tar" if several else target
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import docker
 import docker.errors
 import pytest
 
+from builder import layout
 from builder.engines.docker import UNPROVEN, DockerEngine
 from builder.project import Project
 from tests.integration.conftest import ENGINES, NO_ENGINE, PROOF, Tiny, command, environment, names, remove
@@ -288,6 +289,14 @@ def test_an_export_runs_elsewhere(tiny: Tiny, client: docker.DockerClient, tmp_p
     ran = tiny.run("export", cell.id, "-o", str(output), "--json", env=NO_ENGINE)
     assert ran.code == 0, ran.err
     (document,) = ran.document
+    for more in ((), ("--compression", "zstd")):
+        directory = tmp_path / f"layout{len(more)}"
+        ran = tiny.run("export", cell.id, "--format", "layout", "-o", str(directory), *more, "--json", env=NO_ENGINE)
+        assert ran.code == 0, ran.err
+        read = layout.read(directory)
+        assert read is not None
+        assert read.manifest.digest == ran.document[0]["digest"]
+        assert (read.manifest.digest == document["digest"]) is not bool(more)
     assert not tags(client)
     loaded = subprocess.run(["docker", "load", "-q", "-i", output], capture_output=True, text=True, check=False)
     assert loaded.returncode == 0, loaded.stderr
