@@ -30,7 +30,8 @@ from builder.errors import (
     ToolError,
     TorchyardError,
 )
-from builder.index import Index, Progress
+from builder.fetching import Progress
+from builder.index import Index
 from builder.render import Plan
 from builder.store import Store, write_atomically
 

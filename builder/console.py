@@ -24,9 +24,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from builder import index
 from builder.engines import Steps
 from builder.errors import TorchyardError
+from builder.fetching import Progress as Transfers
 
 PLAIN_EVERY_S = 10.0
 """Without a terminal, a transfer reports at most this often."""
@@ -144,7 +144,7 @@ class Console:
             self._err.print(Text(printable(text)), highlight=False)
 
     @contextmanager
-    def transfers(self, title: str) -> Iterator[index.Progress]:
+    def transfers(self, title: str) -> Iterator[Transfers]:
         """Show transfers while the context is open."""
         if self.quiet or not self._err.is_terminal:
             if not self.quiet:

@@ -32,7 +32,6 @@ except ImportError:  # a processor it is not built for
     from gzip import GzipFile  # type: ignore[assignment]
 
 from builder import layout, tar
-from builder.engines.docker import whole_name
 from builder.engines.oci import recipe
 from builder.errors import (
     DiskError,
@@ -177,6 +176,9 @@ def _index(entries: Sequence[dict[str, Any]]) -> bytes:
 def _index_entry(image: Image, tag: str | None) -> dict[str, Any]:
     entry = image.manifest.as_json() | {"platform": {"architecture": image.architecture, "os": image.os}}
     if tag is not None:
+        # Slow to import, and needed only where a name is written.
+        from builder.engines.docker import whole_name  # noqa: PLC0415
+
         names = {CONTAINERD_NAME: whole_name(_checked(tag)), layout.REF_NAME: tag.rpartition(":")[2]}
         entry["annotations"] = {**entry.get("annotations", {}), **names}
     return entry

@@ -1,78 +1,34 @@
-"""Package indexes: the one place that speaks HTTP, with the indexes and certificates the user's pip is set up for."""
+"""Package indexes: files found by name and hash, with the indexes and certificates the user's pip is set up for."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
 import os
-import random
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-from urllib.parse import unquote, urlsplit, urlunsplit
-from urllib.request import url2pathname
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
-import requests
 from packaging.utils import canonicalize_name
-from requests.adapters import HTTPAdapter
-from urllib3 import BaseHTTPResponse
-from urllib3.exceptions import HTTPError as Urllib3Error
-from urllib3.util.retry import Retry
 
-from builder import __version__
 from builder.errors import HashMismatchError, Problem, SourceError, ToolError
+from builder.fetching import Progress, check_stop, fetch_missing, start_over
+from builder.foreign import reason, without_credentials
 from builder.store import BlobWriter, Store, sha256_of
 
 if TYPE_CHECKING:
     from pypi_simple import DistributionPackage, ProjectPage
 
-RETRYABLE = (408, 425, 429, 500, 502, 503, 504)
-ATTEMPTS = 6
-BACKOFF_S = 0.5
-BACKOFF_MAX_S = 30.0
-RETRY_AFTER_MAX_S = 120.0
-"""A server may ask for more patience than our own, but not for a day's."""
-CONNECT_TIMEOUT_S = 20.0
-STALL_S = 30.0
-"""A transfer that brought less than STALL_BYTES in this time is broken off and resumed."""
-STALL_BYTES = 64 * 1024
-PARALLEL = 4
+    from builder.transfer import Client, Response
+
 _CHUNK = 1 << 20
-_TRANSFER_ERRORS = (requests.RequestException, Urllib3Error)
-
-
-class Progress(Protocol):
-    """Receives what a transfer does; calls come from several threads."""
-
-    def start(self, name: str, size: int | None, done: int) -> None:
-        """Announce a file of `size` bytes, of which `done` are here already; only the first call for a name counts."""
-
-    def advance(self, name: str, size: int) -> None:
-        """Report `size` more bytes; negative when a transfer starts over."""
-
-    def finish(self, name: str) -> None:
-        """Report the file whole and checked."""
-
-
-class Silent:
-    """Progress that is not shown."""
-
-    def start(self, name: str, size: int | None, done: int) -> None:
-        """Ignore."""
-
-    def advance(self, name: str, size: int) -> None:
-        """Ignore."""
-
-    def finish(self, name: str) -> None:
-        """Ignore."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,26 +122,12 @@ class Configuration:
         )
 
 
-def without_credentials(url: str) -> str:
-    """Return `url` as it may be shown: without user and password."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
-
-
 def local_path(location: str) -> Path | None:
     """Return the path that a find-links entry or file: URL names; None if it is a remote address."""
     parts = urlsplit(location)
     if parts.scheme == "file":
-        return Path(url2pathname(parts.path))
+        return Path(unquote(parts.path))
     return None if parts.scheme in ("http", "https") else Path(location).expanduser()
-
-
-class _Retry(Retry):
-    """Retries that wait as long as the server says, within reason."""
-
-    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
-        wait_s = super().get_retry_after(response)
-        return None if wait_s is None else min(wait_s, RETRY_AFTER_MAX_S)
 
 
 class Index:
@@ -203,29 +145,25 @@ class Index:
         return self._given or Configuration.of_user()
 
     @cached_property
-    def session(self) -> requests.Session:
-        """A session that retries what may pass, waits as told, and trusts what the user's pip trusts."""
-        session = requests.Session()
-        retry = _Retry(
-            total=ATTEMPTS - 1,
-            status_forcelist=RETRYABLE,
-            allowed_methods=("GET", "HEAD"),
-            backoff_factor=BACKOFF_S,
-            backoff_max=BACKOFF_MAX_S,
-            backoff_jitter=BACKOFF_S,
-            respect_retry_after_header=True,
-            raise_on_status=False,
-        )
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=4 * PARALLEL))
-        session.headers["User-Agent"] = f"torchyard/{__version__}"
+    def client(self) -> Client:
+        """What speaks HTTP for it, and trusts what the user's pip trusts."""
+        # Imported here: it takes a quarter of a second, which a build that finds all in the store saves.
+        from builder.transfer import Client  # noqa: PLC0415
+
+        client = Client()
         if self.configuration.certificates:
-            session.verify = self.configuration.certificates
+            client.session.verify = self.configuration.certificates
         if self.configuration.client_certificate:
-            session.cert = self.configuration.client_certificate
+            client.session.cert = self.configuration.client_certificate
         if self.configuration.proxy:
-            session.proxies = {"http": self.configuration.proxy, "https": self.configuration.proxy}
-        return session
+            client.session.proxies = {"http": self.configuration.proxy, "https": self.configuration.proxy}
+        return client
+
+    def ask(
+        self, url: str, *, method: str = "GET", headers: Mapping[str, str] | None = None, stream: bool = False
+    ) -> Response:
+        """Return the answer of whatever status; raises OSError if there is none."""
+        return self.client.request(method, url, headers=headers, stream=stream, verify=self._verify(url))
 
     def _verify(self, url: str) -> bool | None:
         """Return False for the hosts the user told pip to trust without a certificate, None for the session's rule."""
@@ -251,8 +189,7 @@ class Index:
         try:
             page = self._remote_page(*key) if directory is None else self._local_page(directory, key[1])
         except (
-            OSError,  # of requests, and of a local index
-            Urllib3Error,
+            OSError,  # of a transfer, and of a local index
             pypi_simple.UnsupportedContentTypeError,
             pypi_simple.UnsupportedRepoVersionError,
             ValueError,  # of pypi-simple, for a page that is not one
@@ -261,7 +198,7 @@ class Index:
         ) as error:
             raise SourceError(
                 f"the package index {without_credentials(index_url)} cannot be read",
-                why=_reason(error),
+                why=reason(error),
                 tries=("check the network and `pip config list`", "run again: what was fetched is kept"),
             ) from error
         offers = tuple(map(_offer, page.packages)) if page else ()
@@ -273,12 +210,7 @@ class Index:
         import pypi_simple  # noqa: PLC0415 (see above)
 
         # JSON is preferred, because it has sizes and upload times; an index that only knows HTML answers in HTML.
-        response = self.session.get(
-            f"{index_url}/{project}/",
-            headers={"Accept": pypi_simple.ACCEPT_JSON_PREFERRED},
-            timeout=(CONNECT_TIMEOUT_S, STALL_S),
-            verify=self._verify(index_url),
-        )
+        response = self.ask(f"{index_url}/{project}/", headers={"Accept": pypi_simple.ACCEPT_JSON_PREFERRED})
         if response.status_code == 404:
             return None
         response.raise_for_status()
@@ -310,10 +242,10 @@ class Index:
                 continue
             try:
                 page = self._links_page(location, path)
-            except (OSError, Urllib3Error) as error:
+            except OSError as error:
                 # pip, too, warns and goes on: the file may be elsewhere, and its hash is known.
                 problems.append(
-                    Problem(what=f"the links of {without_credentials(location)} cannot be read", why=_reason(error))
+                    Problem(what=f"the links of {without_credentials(location)} cannot be read", why=reason(error))
                 )
                 continue
             yield from (offer for offer in map(_offer, page.packages) if offer.is_of(wanted))
@@ -323,7 +255,7 @@ class Index:
 
         if path is not None:
             return pypi_simple.ProjectPage.from_html("find-links", path.read_bytes(), base_url=path.absolute().as_uri())
-        response = self.session.get(location, timeout=(CONNECT_TIMEOUT_S, STALL_S), verify=self._verify(location))
+        response = self.ask(location)
         response.raise_for_status()
         return pypi_simple.ProjectPage.from_html("find-links", response.content, base_url=response.url)
 
@@ -358,9 +290,9 @@ class Index:
     def get(self, url: str) -> tuple[int, str]:
         """Return status and text of a page as they are; raises SourceError only if there is no answer at all."""
         try:
-            response = self.session.get(url, timeout=(CONNECT_TIMEOUT_S, STALL_S), verify=self._verify(url))
-        except _TRANSFER_ERRORS as error:
-            raise SourceError(f"{without_credentials(url)} does not answer", why=_reason(error)) from error
+            response = self.ask(url)
+        except OSError as error:
+            raise SourceError(f"{without_credentials(url)} does not answer", why=reason(error)) from error
         return response.status_code, response.text
 
     def size(self, url: str) -> int:
@@ -369,19 +301,13 @@ class Index:
         try:
             if path is not None:
                 return path.stat().st_size
-            response = self.session.head(
-                url,
-                headers={"Accept-Encoding": "identity"},
-                allow_redirects=True,
-                timeout=(CONNECT_TIMEOUT_S, STALL_S),
-                verify=self._verify(url),
-            )
+            response = self.ask(url, method="HEAD", headers={"Accept-Encoding": "identity"})
             response.raise_for_status()
             return int(response.headers["Content-Length"])
-        except (OSError, Urllib3Error, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError) as error:
             raise SourceError(
                 f"the size of {Path(unquote(urlsplit(url).path)).name} is not known",
-                why=f"{without_credentials(url)}: {_reason(error)}",
+                why=f"{without_credentials(url)}: {reason(error)}",
                 tries=("run again",),
             ) from error
 
@@ -453,129 +379,69 @@ class Index:
         path = local_path(offer.url)
         progress.start(wanted.filename, wanted.size or offer.size, writer.offset)
         if path is None:
-            if wanted.size is None or writer.offset < wanted.size:
-                self._download(offer.url, wanted, writer, progress, stop)
+            self.client.download(_Source(index=self, url=offer.url, wanted=wanted), writer, progress, stop)
             return True
         try:
             if offer.sha256 is None and not _has_hash(path, wanted.sha256):
                 return False
             with path.open("rb") as file:
-                _start_over(wanted, writer, progress)
+                start_over(wanted.filename, writer, progress)
                 while chunk := file.read(_CHUNK):
-                    _check_stop(stop)
+                    check_stop(stop)
                     writer.write(chunk)
                     progress.advance(wanted.filename, len(chunk))
         except OSError as error:
-            raise SourceError(f"{wanted.filename} cannot be copied", where=str(path), why=_reason(error)) from error
+            raise SourceError(f"{wanted.filename} cannot be copied", where=str(path), why=reason(error)) from error
         return True
-
-    def _download(
-        self, url: str, wanted: Wanted, writer: BlobWriter, progress: Progress, stop: threading.Event | None
-    ) -> None:
-        """Ask for the rest of the file until it is here.
-
-        The session repeats requests that get no answer or a passing refusal; here, answers that break off are resumed.
-        """
-        delay, attempt, reason = BACKOFF_S, 0, ""
-        while attempt < ATTEMPTS:
-            _check_stop(stop)
-            with self._open(url, wanted, writer, progress) as response:
-                before = writer.offset
-                length = response.headers.get("Content-Length")
-                end = before + int(length) if length else wanted.size
-                try:
-                    self._receive(response, wanted, writer, progress, stop)
-                except _TRANSFER_ERRORS as error:
-                    reason = _reason(error)
-                else:
-                    if end is None or writer.offset >= end:
-                        return
-                    reason = f"the connection closed {end - writer.offset} bytes early"
-            # Progress earns new attempts: a link that breaks every 100 MB still gets a 900 MB file.
-            attempt = 0 if writer.offset - before > STALL_BYTES * 16 else attempt + 1
-            _pause(delay * (1 + random.random() / 2), stop)  # noqa: S311 (jitter, not a secret)
-            delay = min(2 * delay, BACKOFF_MAX_S)
-        raise SourceError(f"{without_credentials(url)}: gave up after {ATTEMPTS} attempts", why=reason)
-
-    def _open(self, url: str, wanted: Wanted, writer: BlobWriter, progress: Progress) -> requests.Response:
-        """Return the answer whose body goes on where the writer is, which starts over if the server cannot do that."""
-        headers = {"Accept-Encoding": "identity"}
-        if writer.offset:
-            headers["Range"] = f"bytes={writer.offset}-"
-        try:
-            response = self.session.get(
-                url, headers=headers, stream=True, timeout=(CONNECT_TIMEOUT_S, STALL_S), verify=self._verify(url)
-            )
-        except _TRANSFER_ERRORS as error:
-            raise self._cannot_fetch(url, wanted, error) from error
-        beyond = bool(writer.offset) and response.status_code == 416
-        if not beyond:
-            try:
-                response.raise_for_status()
-            except requests.HTTPError as error:
-                response.close()
-                raise self._cannot_fetch(url, wanted, error) from error
-        resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(
-            f"bytes {writer.offset}-"
-        )
-        if writer.offset and not resumed:
-            _start_over(wanted, writer, progress)
-        if beyond:  # the file is shorter than what is here: it is another one
-            response.close()
-            return self._open(url, wanted, writer, progress)
-        return response
-
-    @staticmethod
-    def _cannot_fetch(url: str, wanted: Wanted, error: Exception) -> SourceError:
-        return SourceError(f"{wanted.filename} cannot be fetched", where=without_credentials(url), why=_reason(error))
-
-    @staticmethod
-    def _receive(
-        response: requests.Response,
-        wanted: Wanted,
-        writer: BlobWriter,
-        progress: Progress,
-        stop: threading.Event | None,
-    ) -> None:
-        window_start, window_bytes = time.monotonic(), 0
-        # read1 returns what has arrived instead of waiting for a whole chunk, so a trickle is noticed.
-        read = response.raw.read1 if hasattr(response.raw, "read1") else response.raw.read
-        while chunk := read(_CHUNK):
-            _check_stop(stop)
-            if wanted.size is not None and writer.offset + len(chunk) > wanted.size:
-                _start_over(wanted, writer, progress)
-                raise HashMismatchError(
-                    f"{wanted.filename}: the bytes are not those that were locked",
-                    where=without_credentials(response.url),
-                    why=f"expected {wanted.size} bytes with sha256 {wanted.sha256}, got more",
-                    tries=("the index or a proxy serves another file under this name: do not use it",),
-                )
-            writer.write(chunk)
-            progress.advance(wanted.filename, len(chunk))
-            window_bytes += len(chunk)
-            now = time.monotonic()
-            if now - window_start > STALL_S:
-                if window_bytes < STALL_BYTES:
-                    raise requests.exceptions.ReadTimeout(f"only {window_bytes} bytes in {STALL_S:.0f} s")
-                window_start, window_bytes = now, 0
 
     def fetch_all(self, files: Iterable[Wanted], store: Store, progress: Progress) -> None:
         """Bring all files into the store, several at a time, largest first so that the tail is short.
 
         The first failure stops the others; what they have is kept for the next run.
         """
-        missing = {file.sha256: file for file in files if not store.has(file.sha256, size=file.size)}
-        stop = threading.Event()
-        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="fetch") as pool:
-            queue = sorted(missing.values(), key=lambda file: (-(file.size or 0), file.filename))
-            futures = [pool.submit(self.fetch, file, store, progress, stop) for file in queue]
-            try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-            finally:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
+        fetch_missing(files, store, lambda file, stop: self.fetch(file, store, progress, stop))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A wanted file at one of the places that offer it."""
+
+    index: Index
+    url: str
+    wanted: Wanted
+    limit: None = None
+
+    @property
+    def name(self) -> str:
+        return self.wanted.filename
+
+    @property
+    def size(self) -> int | None:
+        return self.wanted.size
+
+    def ask(self, headers: Mapping[str, str]) -> Response:
+        try:
+            return self.index.ask(self.url, headers=headers, stream=True)
+        except OSError as error:
+            raise self._cannot_be_fetched(reason(error)) from error
+
+    def refused(self, response: Response) -> SourceError:
+        response.close()
+        return self._cannot_be_fetched(f"HTTP {response.status_code} from {without_credentials(response.url)}")
+
+    def too_long(self, response: Response) -> HashMismatchError:
+        return HashMismatchError(
+            f"{self.name}: the bytes are not those that were locked",
+            where=without_credentials(response.url),
+            why=f"expected {self.size} bytes with sha256 {self.wanted.sha256}, got more",
+            tries=("the index or a proxy serves another file under this name: do not use it",),
+        )
+
+    def gave_up(self, attempts: int, why: str) -> SourceError:
+        return SourceError(f"{without_credentials(self.url)}: gave up after {attempts} attempts", why=why)
+
+    def _cannot_be_fetched(self, why: str) -> SourceError:
+        return SourceError(f"{self.name} cannot be fetched", where=without_credentials(self.url), why=why)
 
 
 def _offer(package: DistributionPackage) -> Offer:
@@ -588,38 +454,6 @@ def _offer(package: DistributionPackage) -> Offer:
     )
 
 
-def _check_stop(stop: threading.Event | None) -> None:
-    if stop is not None and stop.is_set():
-        raise SourceError("stopped because another transfer failed")
-
-
-def _start_over(wanted: Wanted, writer: BlobWriter, progress: Progress) -> None:
-    progress.advance(wanted.filename, -writer.offset)
-    writer.restart()
-
-
-def _pause(time_s: float, stop: threading.Event | None) -> None:
-    if stop is None:
-        time.sleep(time_s)
-    else:
-        stop.wait(time_s)
-
-
 def _has_hash(path: Path, sha256: str) -> bool:
     with path.open("rb") as file:
         return sha256_of(file) == sha256
-
-
-def _reason(error: BaseException) -> str:
-    """Say the innermost cause in one line, without addresses of objects or credentials."""
-    cause: BaseException = error
-    for _ in range(10):
-        inner = getattr(cause, "reason", None) or cause.__cause__ or (cause.args[0] if cause.args else None)
-        if not isinstance(inner, BaseException):
-            break
-        cause = inner
-    response = getattr(error, "response", None)
-    if response is not None:
-        return f"HTTP {response.status_code} from {without_credentials(response.url)}"
-    text = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-    return text.rsplit(">: ", 1)[-1]

@@ -16,9 +16,10 @@ import pytest
 import requests
 
 from builder import layout, tar
+from builder.credentials import Configuration
 from builder.errors import SourceError
 from builder.layout import Image
-from builder.registry import Configuration, pull
+from builder.registry import pull
 from builder.store import Store
 
 USER, PASSWORD = "user", "s3cret-canary"

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
-from builder import index as indexes
+from builder import fetching, transfer
 from builder.errors import HashMismatchError, SourceError, TorchyardError
-from builder.index import Configuration, Index, Silent, Wanted, local_path, without_credentials
+from builder.fetching import Silent
+from builder.foreign import without_credentials
+from builder.index import Configuration, Index, Wanted, local_path
 from builder.store import Store
 from tests.support.index_server import Answer, IndexServer, reset
 from tests.support.wheels import FakeWheel, wheel
@@ -32,8 +34,8 @@ NOWHERE = "http://127.0.0.1:9/simple"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexes, "BACKOFF_S", 0.001)
-    monkeypatch.setattr(indexes, "BACKOFF_MAX_S", 0.01)
+    monkeypatch.setattr(transfer, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(transfer, "BACKOFF_MAX_S", 0.01)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
 
@@ -395,8 +397,8 @@ def test_a_damaged_start_is_fetched_again_once(server: IndexServer, store: Store
 
 
 def test_passing_refusals_are_waited_out(server: IndexServer, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexes, "BACKOFF_S", 0.03)
-    monkeypatch.setattr(indexes, "BACKOFF_MAX_S", 1.0)
+    monkeypatch.setattr(transfer, "BACKOFF_S", 0.03)
+    monkeypatch.setattr(transfer, "BACKOFF_MAX_S", 1.0)
     url = server.add("default", BIG)
     server.script(server.page("big"), 503, 503)
     server.script(server.file(BIG), 503, 503, 200)
@@ -420,7 +422,7 @@ def test_retry_after_is_obeyed(server: IndexServer, store: Store) -> None:
 
 
 def test_retry_after_is_not_obeyed_for_days(server: IndexServer, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexes, "RETRY_AFTER_MAX_S", 0.01)
+    monkeypatch.setattr(transfer, "RETRY_AFTER_MAX_S", 0.01)
     url = server.add("default", BIG)
     server.script(server.file(BIG), Answer(status=503, headers={"Retry-After": "86400"}))
     index(url).fetch(wanted(BIG), store, Silent())
@@ -443,7 +445,7 @@ def test_a_server_that_never_recovers_is_given_up(server: IndexServer, store: St
     server.script(server.file(BIG), then=itertools.repeat(503))
     with pytest.raises(SourceError, match="could not be fetched"):
         index(url).fetch(wanted(BIG), store, Silent())
-    assert len(server.asked(server.file(BIG))) == indexes.ATTEMPTS
+    assert len(server.asked(server.file(BIG))) == transfer.ATTEMPTS
 
 
 @pytest.mark.parametrize(
@@ -478,10 +480,10 @@ def test_a_transfer_that_always_breaks_is_given_up_and_kept(server: IndexServer,
     server.script(server.file(BIG), then=itertools.repeat(Answer(cut=1000, reset=False)))
     with pytest.raises(SourceError, match="gave up after") as caught:
         index(url).fetch(wanted(BIG), store, Silent())
-    assert len(server.asked(server.file(BIG))) == indexes.ATTEMPTS
+    assert len(server.asked(server.file(BIG))) == transfer.ATTEMPTS
     kept = (store.root / "partial" / BIG.sha256).read_bytes()
     assert BIG.content.startswith(kept)
-    assert len(kept) == 1000 * indexes.ATTEMPTS
+    assert len(kept) == 1000 * transfer.ATTEMPTS
     assert "what arrived is kept" in text_of(caught.value)
     server.script(server.file(BIG))
     index(url).fetch(wanted(BIG), store, Silent())
@@ -490,9 +492,9 @@ def test_a_transfer_that_always_breaks_is_given_up_and_kept(server: IndexServer,
 
 
 def test_progress_earns_attempts(server: IndexServer, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexes, "STALL_BYTES", 10)
+    monkeypatch.setattr(transfer, "STALL_BYTES", 10)
     url = server.add("default", BIG)
-    server.script(server.file(BIG), *[reset(1000)] * (3 * indexes.ATTEMPTS))
+    server.script(server.file(BIG), *[reset(1000)] * (3 * transfer.ATTEMPTS))
     index(url).fetch(wanted(BIG), store, Silent())
     assert_fetched(store, BIG)
 
@@ -517,7 +519,7 @@ def test_more_left_over_than_the_file_has(server: IndexServer, store: Store) -> 
 
 
 def test_a_stalled_transfer_is_broken_off(server: IndexServer, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexes, "STALL_S", 0.1)
+    monkeypatch.setattr(transfer, "STALL_S", 0.1)
     url = server.add("default", BIG)
     server.script(server.file(BIG), Answer(pace=(1, 0.02)))
     begun = time.monotonic()
@@ -533,8 +535,8 @@ def test_a_stalled_transfer_is_broken_off(server: IndexServer, store: Store, mon
 def test_a_slow_but_steady_transfer_is_let_be(
     server: IndexServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexes, "STALL_S", 0.1)
-    monkeypatch.setattr(indexes, "STALL_BYTES", 1000)
+    monkeypatch.setattr(transfer, "STALL_S", 0.1)
+    monkeypatch.setattr(transfer, "STALL_BYTES", 1000)
     url = server.add("default", BIG)
     server.script(server.file(BIG), Answer(pace=(5000, 0.02)))
     index(url).fetch(wanted(BIG), store, Silent())
@@ -588,7 +590,7 @@ def test_fetch_all(server: IndexServer, store: Store) -> None:
 def test_a_failure_stops_the_others_and_a_rerun_goes_on(
     server: IndexServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexes, "PARALLEL", 3)
+    monkeypatch.setattr(fetching, "PARALLEL", 3)
     made = many(40)
     url = server.add("default", *made)
     big, slow, bad = made[39], made[38], made[37]
@@ -618,7 +620,7 @@ def test_a_failure_stops_the_others_and_a_rerun_goes_on(
 def test_a_failure_does_not_wait_for_patience(
     server: IndexServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexes, "BACKOFF_S", 30.0)
+    monkeypatch.setattr(transfer, "BACKOFF_S", 30.0)
     patient, bad = wheel("patient", "1.0", files={"data": PAYLOAD}), wheel("bad", "1.0")
     url = server.add("default", patient, bad)
     server.script(server.file(patient), reset(1000))
@@ -650,7 +652,8 @@ def test_a_killed_fetch_is_resumed(server: IndexServer, store: Store) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from builder.index import Configuration, Index, Silent, Wanted
+from builder.fetching import Silent
+from builder.index import Configuration, Index, Wanted
 from builder.store import Store
 wanted = Wanted(project="big", filename={BIG.filename!r}, sha256={BIG.sha256!r}, size={len(BIG.content)})
 index = Index(configuration=Configuration(default_index={url!r}))

@@ -24,10 +24,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import index, layout, registry, tar
+from builder import credentials, layout, registry, tar, transfer
+from builder.credentials import Configuration, Credential
 from builder.errors import HashMismatchError, ImpossibleError, MatrixError, SourceError, TorchyardError
 from builder.layout import Descriptor, Image, Layer
-from builder.registry import Configuration, Credential, Platform, PulledImage, Reference, pull
+from builder.reference import Platform, Reference
+from builder.registry import PulledImage, pull
 from builder.store import Store
 from tests.support.registry_server import Answer, RegistryServer, TokenService
 
@@ -44,8 +46,8 @@ DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Wait for milliseconds, and see no configuration of this machine's."""
-    monkeypatch.setattr(registry, "BACKOFF_S", 0.001)
-    monkeypatch.setattr(registry, "BACKOFF_MAX_S", 0.01)
+    monkeypatch.setattr(transfer, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(transfer, "BACKOFF_MAX_S", 0.01)
     empty = tmp_path / "registries.conf"
     empty.write_text("")
     for name in list(os.environ):
@@ -681,7 +683,7 @@ def test_retry_after_is_obeyed_within_reason(
     pulled(reference, store)
     first, second = server.asked(path)
     assert second.at_s - first.at_s >= 1
-    monkeypatch.setattr(registry, "RETRY_AFTER_MAX_S", 0.01)
+    monkeypatch.setattr(transfer, "RETRY_AFTER_MAX_S", 0.01)
     other = Store.open(store.root / "other")
     server.script(path, Answer(status=503, headers={"Retry-After": "86400"}))
     assert_whole(other, sample, pulled(reference, other))
@@ -692,7 +694,7 @@ def test_a_registry_that_never_recovers_is_given_up(server: RegistryServer, stor
     path = server.manifest(sample.image.manifest.digest)
     server.script(path, then=itertools.repeat(503))
     assert "HTTP 503" in refused(reference, store)
-    assert len(server.asked(path)) == index.ATTEMPTS
+    assert len(server.asked(path)) == transfer.ATTEMPTS
 
 
 @pytest.mark.parametrize("how", [Answer(cut=1000), Answer(cut=1000, reset=False), Answer(cut=1000, length=False)])
@@ -729,9 +731,9 @@ def test_a_transfer_that_always_breaks_is_given_up_and_kept(
     path = server.blob(blob.digest)
     server.script(path, then=itertools.repeat(Answer(cut=1000, reset=False)))
     assert "gave up after" in refused(reference, store)
-    assert len(server.asked(path)) == index.ATTEMPTS
+    assert len(server.asked(path)) == transfer.ATTEMPTS
     kept = (store.root / "partial" / blob.sha256).read_bytes()
-    assert len(kept) == 1000 * index.ATTEMPTS
+    assert len(kept) == 1000 * transfer.ATTEMPTS
     server.script(path)
     assert_whole(store, sample, pulled(reference, store))
     assert server.asked(path)[-1].range == f"bytes={len(kept)}-"
@@ -759,7 +761,7 @@ def test_what_was_left_whole_or_longer(server: RegistryServer, store: Store, sam
 def test_a_stalled_transfer_is_broken_off(
     server: RegistryServer, store: Store, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "STALL_S", 0.1)
+    monkeypatch.setattr(transfer, "STALL_S", 0.1)
     reference = server.add(sample.image, sample.store)
     path = server.blob(layer_of(sample).blob.digest)
     server.script(path, Answer(pace=(1, 0.02)))
@@ -824,6 +826,21 @@ def test_a_killed_pull_is_resumed(server: RegistryServer, store: Store, sample: 
     last = server.asked(server.blob(blob.digest))[-1].range
     assert last is not None
     assert int(last.removeprefix("bytes=").removesuffix("-")) >= 20_000
+
+
+def test_a_pull_that_finds_all_in_the_store_does_not_even_import_http(
+    server: RegistryServer, store: Store, sample: Sample
+) -> None:
+    reference = server.add(sample.image, sample.store)
+    pulled(reference, store)
+    code = (
+        "import sys; from pathlib import Path; from builder.registry import pull; from builder.store import Store; "
+        "pull(sys.argv[1], platform='linux/amd64', store=Store.open(Path(sys.argv[2]))); "
+        "print(*({'requests', 'urllib3'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", code, reference, str(store.root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not done.stdout.split()
 
 
 # --- redirections
@@ -1058,7 +1075,7 @@ def test_a_credential_helper_that_fails(
     script: str,
     note: str,
 ) -> None:
-    monkeypatch.setattr(registry, "HELPER_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(credentials, "HELPER_TIMEOUT_S", 0.3)
     helper(tmp_path, monkeypatch, f"exec 3>&-\n{script}", credsStore="test")
     reference = server.add(sample.image, sample.store)
     server.basic = ("user", PASSWORD)

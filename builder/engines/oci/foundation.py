@@ -23,7 +23,7 @@ except ImportError:  # a processor it is not built for
     import zlib as inflater  # type: ignore[no-redef]
     from gzip import GzipFile  # type: ignore[assignment]
 
-from builder import layout, registry
+from builder import layout
 from builder.base import BaseImage
 from builder.engines.oci.recipe import pieces
 from builder.errors import CellFailedError
@@ -85,6 +85,9 @@ def foundation_of(plan: Plan, base: BaseImage | None, store: Store) -> Foundatio
         layers = image.layers
     else:
         assert isinstance(plan.cell.base, ImageBase)
+        # Imported here: the models of what registries serve take time to make, and bases of one's own need none.
+        from builder import registry  # noqa: PLC0415
+
         pulled = registry.pull(plan.cell.base.image, platform=plan.cell.platform, store=store)
         document, layers = dict(pulled.document), pulled.layers
     config = dict(document.get("config") or {})
