@@ -45,6 +45,10 @@ build-all: setup ## build every image of matrix.yaml, and prove it by its bytes;
 load-all: setup ## load every image into the container engine, one after another, and prove it in a container
 	@$(TORCHYARD) load --all
 
+.PHONY: validate-all
+validate-all: setup ## validate every image in a container, without a GPU; reports in reports/
+	@$(TORCHYARD) validate --all
+
 .PHONY: test
 test: setup ## run the tests; those that need an engine are skipped, with the reason, where there is none
 	@$(BIN)/python -m pytest -q
@@ -77,9 +81,10 @@ lock: setup ## resolve every cell and write its lock
 	@$(TORCHYARD) lock
 
 .PHONY: render
-render: setup ## write images/, the table in README.md and docs/matrix.schema.json from matrix, locks and templates
+render: setup ## write what is generated: images/, the table in README.md, the schemas in docs/
 	@$(TORCHYARD) render
 	@$(TORCHYARD) matrix --schema > docs/matrix.schema.json.new && mv docs/matrix.schema.json.new docs/matrix.schema.json
+	@$(TORCHYARD) report schema > docs/report.schema.json.new && mv docs/report.schema.json.new docs/report.schema.json
 
 .PHONY: check
 check: setup ## fail if a lock is stale or a generated file is not what the matrix gives
@@ -87,6 +92,8 @@ check: setup ## fail if a lock is stale or a generated file is not what the matr
 	@$(TORCHYARD) render --check
 	@$(TORCHYARD) matrix --schema | diff -u docs/matrix.schema.json - \
 	    || { echo "docs/matrix.schema.json is stale: make render" >&2; exit 4; }
+	@$(TORCHYARD) report schema | diff -u docs/report.schema.json - \
+	    || { echo "docs/report.schema.json is stale: make render" >&2; exit 4; }
 
 .PHONY: clean
 clean: ## remove what these commands made here (the store stays: it is in the user's cache directory)

@@ -1,4 +1,8 @@
-"""The command line: one verb per stage, in the order of the line; the only place that prints errors and exits."""
+"""The command line: one verb per stage, in the order of the line; the only place that prints errors and exits.
+
+What only some verbs need and what takes long to import (docker-py, HTTP) they import themselves: a rebuild of what is
+built takes a second, and half of it was that.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,18 +25,20 @@ from builder import base as bases
 from builder import build as builds
 from builder import export as exports
 from builder import lock as locks
-from builder import update as updates
 from builder.build import EngineSession, Outcome, Session, StoreSession, build_all
 from builder.console import Console
-from builder.engines.docker import DockerEngine
 from builder.engines.oci import OciEngine
-from builder.errors import CellFailedError, LockError, MatrixError, Problem, ToolError, TorchyardError
+from builder.errors import CellFailedError, ImpossibleError, LockError, MatrixError, Problem, ToolError, TorchyardError
 from builder.index import Index
 from builder.matrix import Cell
 from builder.project import Project, architecture
 from builder.render import Plan
 from builder.schema import BootstrapBase, json_schema
 from builder.store import Store
+
+if TYPE_CHECKING:
+    from builder import update as updates
+    from builder import validate as validation
 
 EXIT_CODES = "\n    ".join(
     f"{code:>3}  {text}"
@@ -334,8 +340,11 @@ def _session(
 ) -> EngineSession | StoreSession:
     """Make what builds: in the store, and with `load` also in the container engine; or all of it in that engine."""
     index, store = Index(), Store.open()
-    host = DockerEngine() if load or engine == "docker" else None
-    if host is not None:
+    host = None
+    if load or engine == "docker":
+        from builder.engines.docker import DockerEngine  # noqa: PLC0415 (slow, see above)
+
+        host = DockerEngine()
         host.check()
     if engine == "docker":
         assert host is not None
@@ -514,6 +523,204 @@ def _refuse_stdout(plans: Sequence[Plan], form: str, *, as_json: bool) -> None:
         raise MatrixError("an archive is nothing for a terminal", tries=("torchyard export CELL -o - | docker load",))
 
 
+# --------------------------------------------------------------------------- validate
+
+
+def _cells_and_references(context: Context, names: Sequence[str], *, everything: bool) -> tuple[list[Cell], list[str]]:
+    """Tell the cells of the matrix from the images that are none of it."""
+    if everything:
+        return list(context.project.select(())), []
+    cells: list[Cell] = []
+    references: list[str] = []
+    for name in names:
+        try:
+            cells += context.project.select([name])
+        except MatrixError:
+            # A pattern can only mean cells, and where there is no matrix there are none.
+            if any(character in name for character in "*?[") and context.project.matrix_path.exists():
+                raise
+            references.append(name)
+    return list({cell.id: cell for cell in cells}.values()), references
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One thing to validate: its name, and how."""
+
+    name: str
+    run: Callable[[validation.OnEvent], dict[str, Any]]
+
+
+def _targets(
+    context: Context, names: Sequence[str], what: validation.Asked, *, everything: bool, keep: bool
+) -> Iterator[_Target]:
+    """Yield the images: cells, built and loaded if need be, and then those that are none."""
+    from builder import validate as validation  # noqa: PLC0415 (slow, see above)
+    from builder.engines.docker import DockerEngine  # noqa: PLC0415 (the same)
+
+    cells, references = _cells_and_references(context, names, everything=everything)
+    engine = DockerEngine()
+    engine.check()
+
+    def cell(plan: Plan, session: Session, on_event: validation.OnEvent) -> dict[str, Any]:
+        digest = session.build(plan).digest
+        # It is held to what the matrix declares, and not to what it says of itself.
+        subject = validation.Subject(
+            kind="image", name=plan.cell.tags[0], digest=digest, declared=plan.files["image.json"]
+        )
+        return validation.image(subject, engine.find(digest), what, engine, on_event)
+
+    def reference(name: str, on_event: validation.OnEvent) -> dict[str, Any]:
+        found = engine.find(name)
+        subject = validation.Subject(kind="image", name=name, digest=found.digest)
+        return validation.image(subject, found, what, engine, on_event)
+
+    if cells:
+        session = _session(context, engine="oci", load=True, keep=keep or len(cells) == 1)
+        for plan in context.project.fresh_plans(cells):
+            yield _Target(plan.cell.id, functools.partial(cell, plan, session))
+    for name in references:
+        yield _Target(name, functools.partial(reference, name))
+
+
+@cli.command("validate")
+@click.argument("subjects", metavar="[CELL|IMAGE]...", nargs=-1)
+@everything_option
+@click.option("--local", is_flag=True, help="Validate this machine's own Python instead of an image.")
+@click.option("--python", default="python3", show_default=True, help="With --local: which Python.")
+@click.option("--gpus", default="none", show_default=True, metavar="all|N|none",
+              help="GPUs to give the container; with any, the checks of a GPU must run.")  # fmt: skip
+@click.option("--profile", default="runtime", show_default=True, metavar="NAME",
+              help="The use: runtime, cpu, gpu, multi-gpu, training, kubernetes, quick.")  # fmt: skip
+@click.option("--on-skip", type=click.Choice(["fail", "warn", "pass"]), default="fail", show_default=True,
+              help="What it means if a required check did not run.")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Warnings fail the run.")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Only checks with such an id: 'lib.*'.")
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE",
+              help="A number of the profile.")  # fmt: skip
+@click.option("--budget", "budget_s", type=click.FloatRange(min=1), default=1800.0, show_default=True,
+              metavar="SECONDS", help="No check begins after this time.")  # fmt: skip
+@click.option("--report-dir", type=click.Path(path_type=Path, file_okay=False), default=Path("reports"),
+              show_default=True, help="Where the reports go, a directory for each subject.")  # fmt: skip
+@keep_option
+@_options
+def validate_command(
+    context: Context,
+    subjects: Sequence[str],
+    *,
+    everything: bool,
+    local: bool,
+    python: str,
+    report_dir: Path,
+    keep: bool,
+    **asked: Any,  # noqa: ANN401 (the words of Asked)
+) -> None:
+    r"""Say whether images, or this machine, are what they claim to be, and work.
+
+    \b
+    Exit codes: 0 every required check passed; 1 one failed; 2 usage; 3 an image could not be validated at all;
+    4 a required check did not run; 5 warnings, with --strict.
+    """
+    from builder import reports  # noqa: PLC0415 (slow, see above)
+    from builder import validate as validation  # noqa: PLC0415 (the same)
+
+    console = context.console
+    if sum((bool(subjects), everything, local)) != 1:
+        raise MatrixError(
+            "name cells or images, or --all, or --local",
+            tries=("torchyard validate '*cu128*'", "torchyard validate some/image:tag", "torchyard validate --local"),
+        )
+    what = validation.Asked(**asked)
+    targets: Iterable[_Target] = [_Target("machine", functools.partial(validation.machine, python, what))]
+    if not local:
+        targets = _targets(context, subjects, what, everything=everything, keep=keep)
+    done: dict[str, reports.Report] = {}
+    failures: list[TorchyardError] = []
+    for target in targets:
+
+        def show(event: Mapping[str, Any], name: str = target.name) -> None:
+            if console.as_json:
+                click.echo(json.dumps({**event, "subject": name}))
+            for line in event.get("text", ()):
+                console.say(str(line))
+
+        console.say(f"validate {target.name}")
+        directory = report_dir / reports.directory_name(target.name)
+        try:
+            report = reports.loads(json.dumps(target.run(show)).encode(), where=target.name)
+            reports.write_all(report, directory)
+        except TorchyardError as error:
+            failures.append(error)
+            console.error(error)
+        else:
+            done[reports.directory_name(target.name)] = report
+            console.say(f"reports: {directory}")
+            if not console.as_json and os.environ.get("GITHUB_ACTIONS") == "true":
+                click.echo(reports.workflow_commands(report), nl=False)
+    if len(done) > 1:
+        reports.write_overview(done, report_dir)
+    if failures:
+        sys.exit(failures[0].exit_code if not done and len(failures) == 1 else ImpossibleError.exit_code)
+    sys.exit(validation.exit_code([report.verdict.exit_code for report in done.values()]))
+
+
+@cli.command("explain")
+@click.argument("text", nargs=-1, required=True)
+@_options
+def explain_command(context: Context, text: Sequence[str]) -> None:
+    """Explain an error message, pasted, a failure mode (F35), or what comes on standard input (-)."""
+    from validate import explain  # noqa: PLC0415 (only here)
+
+    asked = sys.stdin.read() if tuple(text) == ("-",) else " ".join(text)
+    context.console.result([failure.as_json() for failure in explain.known(asked)])
+    sys.exit((0 if explain.known(asked) else 1) if context.console.as_json else explain.tell(asked))
+
+
+# --------------------------------------------------------------------------- report
+
+
+@cli.group("report")
+def report_group() -> None:
+    """Compare and render reports of validations."""
+
+
+@report_group.command("diff")
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@_options
+def report_diff_command(context: Context, before: Path, after: Path) -> None:
+    """Say what is different between two reports; exit code 1 if a check became worse."""
+    from builder import reports  # noqa: PLC0415 (slow, see above)
+
+    found = reports.diff(reports.load(before), reports.load(after))
+    context.console.write(str(found))
+    context.console.result(found.as_json())
+    if found.worse:
+        sys.exit(CellFailedError.exit_code)
+
+
+@report_group.command("render")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True)
+@_options
+def report_render_command(context: Context, path: Path, output: Path) -> None:
+    """Write a report.json in every form: JUnit, Markdown, Prometheus, HTML."""
+    from builder import reports  # noqa: PLC0415 (slow, see above)
+
+    reports.write_all(reports.load(path), output)
+    context.console.say(f"written: {output}")
+    context.console.result({"path": str(output)})
+
+
+@report_group.command("schema")
+@_options
+def report_schema_command(context: Context) -> None:  # noqa: ARG001 (it is JSON with any option)
+    """Print the JSON Schema of report.json."""
+    from builder import reports  # noqa: PLC0415 (slow, see above)
+
+    click.echo(json.dumps(reports.json_schema(), indent=2))
+
+
 # --------------------------------------------------------------------------- update
 
 
@@ -522,6 +729,8 @@ def _refuse_stdout(plans: Sequence[Plan], form: str, *, as_json: bool) -> None:
 @_options
 def update_command(context: Context, *, recheck: bool) -> None:
     """Look for torch releases and builds that the facts lack, and add them; nothing is ever taken away."""
+    from builder import update as updates  # noqa: PLC0415 (slow, see above)
+
     console = context.console
     index = Index()
     configuration = index.configuration
@@ -556,8 +765,10 @@ def update_command(context: Context, *, recheck: bool) -> None:
 
 
 def _page(index: Index, url: str) -> updates.Page:
+    from builder.update import Page  # noqa: PLC0415 (slow, see above)
+
     status, text = index.get(url)
-    return updates.Page(status=status, text=text)
+    return Page(status=status, text=text)
 
 
 def _terminate(*_: object) -> None:

@@ -23,6 +23,7 @@ from builder.facts import CPU, Cuda, Facts, cudnn_number
 from builder.lock import Lock
 from builder.matrix import Cell
 from builder.schema import BootstrapBase
+from validate.bundle import bundle
 
 SCHEMA = 1
 PREFIX = "/opt/venv"
@@ -33,6 +34,8 @@ USER = "1000:0"
 HOME = "/home/torch"
 WORKDIR = "/workspace"
 IMAGE_JSON = "/usr/local/share/torchyard/image.json"
+VALIDATOR = "torchyard-validate"
+"""Name of the program by which an image validates itself; beside its Python."""
 """Where an image keeps what it was declared to be."""
 UNCOMPILED = "/tests?/"
 """Regular expression for the paths of sources that get no bytecode: nobody imports packages' tests in an image, and
@@ -131,11 +134,14 @@ class Plan:
     """Seconds since 1970 that stand for every time in the image."""
     files: Mapping[str, bytes]
     """The content of images/<cell>/, by name."""
+    validator: bytes
+    """The program that the image carries to validate itself."""
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of all that decides what the image is: its files and the base's lock."""
+        """Hex SHA-256 of all that decides what the image is: its files, the validator and the base's lock."""
         content = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
+        content["validator"] = hashlib.sha256(self.validator).hexdigest()
         if self.base_lock is not None:
             content["base"] = self.base_lock.digest
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -293,6 +299,7 @@ def render(cell: Cell, lock: Lock, base_lock: BaseLock | None, *, templates: Pat
         library=LIBRARY,
         uncompiled=UNCOMPILED,
         image_json=IMAGE_JSON,
+        validator=VALIDATOR,
         directory=f"images/{cell.id}",
     )
     declared = image_json(cell, lock, base_lock, config=config, expectation=expectation, epoch=epoch)
@@ -310,6 +317,7 @@ def render(cell: Cell, lock: Lock, base_lock: BaseLock | None, *, templates: Pat
             "pylock.toml": locks.dumps(lock).encode(),
             "requirements.txt": locks.requirements_txt(lock).encode(),
         },
+        validator=bundle(),
     )
 
 

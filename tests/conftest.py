@@ -17,6 +17,7 @@ import requests
 from builder.engines.docker import DockerEngine
 from builder.errors import EngineError
 from builder.index import Configuration
+from tests.support import browser
 from tests.support.index_server import IndexServer
 
 # A shell that starts the tests in the background has Ctrl-C ignored, and whatever they start would inherit that.
@@ -66,7 +67,16 @@ def _no_debian() -> str:
     return "" if "Origin: Debian" in targets else "apt of this machine knows no Debian archive"
 
 
-NEEDS: dict[str, Callable[[], str]] = {"engine": _no_engine, "network": _no_network, "debian": _no_debian}
+def _no_browser() -> str:
+    return "" if browser.found() else f"no Chromium on PATH: {', '.join(browser.NAMES)}"
+
+
+NEEDS: dict[str, Callable[[], str]] = {
+    "browser": _no_browser,
+    "debian": _no_debian,
+    "engine": _no_engine,
+    "network": _no_network,
+}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -60,7 +60,7 @@ def _nccl() -> Optional[str]:
 
 def _architectures() -> List[str]:
     """Return the GPU architectures torch was compiled for; unlike get_arch_list this needs no GPU."""
-    import torch  # noqa: PLC0415
+    import torch
 
     flags = getattr(torch._C, "_cuda_getArchFlags", None)  # noqa: SLF001
     return sorted((flags() or "").split()) if flags else []
@@ -84,17 +84,17 @@ def observe() -> Dict[str, Any]:
     record("packages", _distributions)
 
     def torch_version() -> str:
-        import torch  # noqa: PLC0415
+        import torch
 
         return str(torch.__version__)
 
     def torch_cuda() -> Optional[str]:
-        import torch  # noqa: PLC0415
+        import torch
 
         return None if torch.version.cuda is None else str(torch.version.cuda)
 
     def cudnn_number() -> Optional[int]:
-        import torch  # noqa: PLC0415
+        import torch
 
         number = torch.backends.cudnn.version()
         return None if number is None else int(number)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
 from builder.base import BaseImage
 from builder.render import Plan
 from builder.store import Store
+
+BOX = "/torchyard"
+"""Directory in which a confined container finds the files it was given."""
+MOST_PRINTED = 256 << 20
+"""Bytes that a program of somebody else may print before it is ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,48 @@ class RunResult:
     """The files asked for, by path, as far as they exist."""
     log: str
     """The end of what it printed to both streams."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """An image that a container engine has."""
+
+    reference: str
+    """What was asked for."""
+    digest: str
+    platform: str
+    """"linux/amd64"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowance:
+    """What a confined container gets beyond nothing: no network, no privileges, a root that cannot be written."""
+
+    gpus: str = "none"
+    """"none", "all" or how many."""
+    user: str | None = None
+    """Numeric "uid:gid" in place of the image's own."""
+    shm_bytes: int = 1 << 30
+
+
+class End(Enum):
+    """How a confined container ended."""
+
+    ITSELF = "itself"
+    DEADLINE = "deadline"
+    FLOOD = "flood"
+    """It printed without measure."""
+    NO_PROGRAM = "no program"
+    """It never began: the image has no such program, or its user may not run it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """What became of a confined container."""
+
+    how: End
+    code: int | None = None
+    """The program's exit code, if the engine tells it."""
 
 
 class Steps(Protocol):
@@ -77,6 +125,25 @@ class Runner(Protocol):
 
     def discard(self, digest: str) -> None:
         """Drop an image that was not proven; one that has tags, because it was proven before, stays."""
+
+
+class Watcher(Protocol):
+    """Runs a command in any image and passes on what it prints while it runs."""
+
+    def find(self, reference: str) -> Found:
+        """Return the image a reference means, pulled if need be; raises ImpossibleError if there is none."""
+
+    def watch(
+        self,
+        image: Found,
+        argv: Sequence[str],
+        *,
+        files: Mapping[str, bytes],
+        allowance: Allowance,
+        on_line: Callable[[str], None],
+        deadline_s: float,
+    ) -> Ended:
+        """Run a command in a confined container; `files` (absolute path to content) lie below BOX."""
 
 
 class Host(Runner, Protocol):

@@ -13,9 +13,11 @@ import shutil
 import signal
 import subprocess
 import tarfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -26,11 +28,12 @@ import docker.auth
 import docker.errors
 import requests
 from docker.models.containers import Container
+from docker.types import DeviceRequest, LogConfig
 
 from builder.base import BaseImage
-from builder.engines import BuiltImage, RunResult, Steps
-from builder.errors import CellFailedError, DiskError, EngineError
-from builder.render import Plan
+from builder.engines import BOX, MOST_PRINTED, Allowance, BuiltImage, End, Ended, Found, RunResult, Steps
+from builder.errors import CellFailedError, DiskError, EngineError, ImpossibleError
+from builder.render import VALIDATOR, Plan
 from builder.store import Store
 
 MIN_VERSION = 25
@@ -40,6 +43,12 @@ UNPROVEN = "torchyard-unproven"
 PROOF_LABEL = "torchyard.proof"
 """Label of the containers that images are tried in; its value is the image's digest."""
 LAST_LINES = 25
+CONFINED_LABEL = "torchyard.validate"
+"""Label of the containers that images are validated in; its value is the image's digest."""
+TMP_BYTES = 4 << 30
+"""What /tmp of a watched container may hold: it is memory of the engine's machine."""
+NOT_STARTED = (126, 127)
+"""Exit codes by which a container's init, as any shell, says that there is no such program or that it may not run."""
 PROBE_S = 20
 """How long an engine may take to say that it is there."""
 WORK_S = 600
@@ -230,6 +239,7 @@ class DockerEngine:
                 # BuildKit takes over modes: they must not depend on the umask.
                 (context / filename).chmod(0o644)
             store.link(wheels, {wheel.filename: wheel.sha256 for wheel in plan.lock.wheels})
+            (wheels / VALIDATOR).write_bytes(plan.validator)
             command = [
                 self._docker, "buildx", "build", "--builder", "default", "--progress", "rawjson",
                 # Never from BuildKit's cache: what an earlier build left there was not checked by this one.
@@ -296,6 +306,119 @@ class DockerEngine:
         finally:
             with contextlib.suppress(docker.errors.APIError, requests.RequestException):
                 container.remove(force=True, v=True)
+
+    @_translated
+    def find(self, reference: str) -> Found:
+        """Return the image a reference means, pulled if the engine does not have it."""
+        try:
+            image = self.client.images.get(reference)
+        except docker.errors.NotFound:
+            try:
+                image = self.client.images.pull(reference, tag=None if _has_tag(reference) else "latest")
+            except docker.errors.APIError as error:
+                raise ImpossibleError(
+                    f"there is no image {reference}",
+                    why=f"the engine does not have it and cannot pull it: {error.explanation or error}",
+                    tries=("docker images lists those there are", "torchyard load CELL brings a cell into the engine"),
+                ) from error
+        except docker.errors.APIError as error:
+            raise ImpossibleError(
+                f"{reference} is no name of an image", why=str(error.explanation or error), tries=("NAME:TAG",)
+            ) from error
+        platform = f"{image.attrs.get('Os', 'linux')}/{image.attrs.get('Architecture', '?')}"
+        return Found(reference=reference, digest=str(image.id), platform=platform)
+
+    @_translated
+    def watch(
+        self,
+        image: Found,
+        argv: Sequence[str],
+        *,
+        files: Mapping[str, bytes],
+        allowance: Allowance,
+        on_line: Callable[[str], None],
+        deadline_s: float,
+    ) -> Ended:
+        """Run a command in a confined container, under the image's own user, and pass on its lines as they come.
+
+        The files travel into a volume: nothing else can be written to before a container with a read-only root
+        starts, and unlike a mount it works with an engine on another machine.
+        """
+        container = self._confined(image, argv, allowance)
+        ended: list[End] = []
+
+        def end(why: End) -> None:
+            ended.append(why)
+            with contextlib.suppress(docker.errors.DockerException, requests.RequestException):
+                container.kill()
+
+        timer = threading.Timer(deadline_s, end, [End.DEADLINE])
+        with ThreadPoolExecutor(1) as waiting:
+            # Asked before the start: of a container that was removed, the engine tells nothing any more.
+            code = waiting.submit(self._exit_code, str(container.id), int(deadline_s) + WORK_S)
+            try:
+                for directory, members in _by_directory(files).items():
+                    container.put_archive(directory, _archive(members))
+                output = self.client.api.attach(str(container.id), stdout=True, stderr=True, stream=True, logs=False)
+                try:
+                    container.start()
+                except docker.errors.APIError as error:
+                    if re.search(r"executable file .*not found|exec: .*(no such file|permission denied)", str(error)):
+                        return Ended(how=End.NO_PROGRAM)
+                    raise _cannot_start(image, error) from error
+                timer.start()
+                # Beside the reading: the engine does not answer before somebody has read what it still has.
+                flood = threading.Thread(target=end, args=[End.FLOOD], daemon=True)
+                for line in _lines(output, flooded=flood.start):
+                    on_line(line)
+            finally:
+                timer.cancel()
+                # It removes itself when it ends, but not if it never began or is still running.
+                with contextlib.suppress(docker.errors.APIError, requests.RequestException):
+                    container.remove(force=True, v=True)
+        if not ended and code.result() in NOT_STARTED:
+            ended.append(End.NO_PROGRAM)
+        return Ended(how=ended[0] if ended else End.ITSELF, code=code.result())
+
+    def _confined(self, image: Found, argv: Sequence[str], allowance: Allowance) -> Container:
+        gpus = []
+        if allowance.gpus != "none":
+            count = -1 if allowance.gpus == "all" else int(allowance.gpus)
+            gpus = [DeviceRequest(count=count, capabilities=[["gpu"]])]
+        try:
+            return self.client.containers.create(
+                image.digest,
+                # Not the image's own: what it prints and waits for is not what is asked.
+                entrypoint=[argv[0]],
+                command=list(argv[1:]),
+                # Of a run that was killed nothing stays: the suite ends by itself, and then the engine removes it.
+                auto_remove=True,
+                labels={CONFINED_LABEL: image.digest},
+                user=allowance.user,
+                working_dir="/",
+                network_mode="none",
+                read_only=True,
+                tmpfs={"/tmp": f"rw,exec,nosuid,nodev,mode=1777,size={TMP_BYTES}"},  # noqa: S108 (the container's own)
+                volumes=[BOX],
+                shm_size=allowance.shm_bytes,
+                init=True,
+                cap_drop=["ALL"],
+                security_opt=["no-new-privileges"],
+                pids_limit=4096,
+                healthcheck={"test": ["NONE"]},
+                device_requests=gpus,
+                # What it prints is read as it comes; a flood of it must not fill the engine's disk.
+                log_config=LogConfig(type="none"),
+            )
+        except docker.errors.APIError as error:
+            raise _cannot_start(image, error) from error
+
+    def _exit_code(self, container: str, timeout_s: int) -> int | None:
+        """Wait until a container that removes itself is gone; return its exit code, None if that was missed."""
+        try:
+            return int(self.client.api.wait(container, timeout=timeout_s, condition="removed")["StatusCode"])
+        except (docker.errors.DockerException, requests.RequestException):
+            return None
 
     @_translated
     def tag(self, digest: str, tags: Sequence[str]) -> None:
@@ -461,6 +584,51 @@ def _archive(members: Mapping[str, bytes]) -> bytes:
             entry.size, entry.mode, entry.mtime = len(content), 0o444, int(time.time())
             archive.addfile(entry, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def _has_tag(reference: str) -> bool:
+    return "@" in reference or ":" in reference.rpartition("/")[2]
+
+
+def _lines(output: Iterable[bytes], *, flooded: Callable[[], None]) -> Iterator[str]:
+    """Cut what a container prints into lines; calls `flooded` if it is too much, and reads on until it has ended."""
+    rest, total = bytearray(), 0
+    for piece in output:
+        if total > MOST_PRINTED:
+            continue
+        total += len(piece)
+        if total > MOST_PRINTED:
+            rest.clear()
+            flooded()
+            continue
+        *lines, last = piece.split(b"\n")
+        for line in lines:
+            rest += line
+            yield rest.decode("utf-8", "replace").rstrip("\r")
+            rest.clear()
+        rest += last
+    if rest:
+        yield rest.decode("utf-8", "replace")
+
+
+def _cannot_start(image: Found, error: docker.errors.APIError) -> ImpossibleError | EngineError:
+    """Return the error for a container that the engine would not start."""
+    text = str(error.explanation or error)
+    if "could not select device driver" in text or "nvidia-container-cli" in text or "unresolvable CDI" in text:
+        return EngineError(
+            "the engine cannot give a container a GPU",
+            where=image.reference,
+            why=text,
+            tries=(
+                "install the NVIDIA Container Toolkit: nvidia-ctk runtime configure --runtime=docker, then restart it",
+                'torchyard explain "<the message above>"',
+                "validate without: --gpus none",
+            ),
+        )
+    return ImpossibleError(
+        "no container of the image can be started", where=image.reference, why=text,
+        tries=(f"the image is for {image.platform}: use a machine of that kind, or qemu-user-static",),
+    )  # fmt: skip
 
 
 def _collect(container: Container, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:

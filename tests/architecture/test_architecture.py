@@ -23,16 +23,20 @@ ORDER = (
     # What people decide.
     "facts", "compat", "schema", "reading", "matrix",
     # The store, and what fills it.
-    "store", "index", "lock",
+    "store", "foreign", "fetching", "transfer", "index", "lock",
     # The base: a file system of Debian packages.
-    "program", "tar", "compress", "layout", "registry", "rootfs", "debian", "baselock", "bootstrap", "base",
+    "program", "tar", "compress", "layout", "reference", "credentials", "registry", "rootfs", "debian", "baselock",
+    "bootstrap", "base",
     # From a plan to a proven image.
     "render", "engines",
     # The engine that makes layers of wheels.
     "engines.oci.wheel", "engines.oci.install", "engines.oci.evidence", "engines.oci.recipe", "engines.oci.splice",
     "engines.oci.bytecode", "engines.oci.foundation", "engines.oci.stack", "engines.oci.layers", "engines.oci",
     # Its neighbours, and what uses them.
-    "engines.*", "export", "proof", "build",
+    "engines.*", "export", "proof", "build", "validate",
+    # What a validation found, and the forms it is read in.
+    "report", "reports.plots", "reports.figures", "reports.junit_xml", "reports.summary", "reports.textfile",
+    "reports.page", "reports",
     # A project on disk, and the command line.
     "project", "update", "console", "cli", "__main__",
 )  # fmt: skip
@@ -41,17 +45,22 @@ ORDER = (
 ONLY_IN: Mapping[str, frozenset[str]] = {
     "docker": frozenset({"builder.engines.docker"}),
     # docker-py raises its exceptions.
-    "requests": frozenset({"builder.index", "builder.registry", "builder.engines.docker"}),
-    "urllib3": frozenset({"builder.index", "builder.registry"}),
+    "requests": frozenset({"builder.transfer", "builder.engines.docker"}),
+    "urllib3": frozenset({"builder.transfer"}),
     "pypi_simple": frozenset({"builder.index"}),
     "http": frozenset({"builder.index"}),
     "socket": frozenset({"builder.index"}),
     "yaml": frozenset({"builder.reading"}),
     "click": frozenset({"builder.cli"}),
     "rich": frozenset({"builder.console"}),
-    "jinja2": frozenset({"builder.render"}),
+    # Dockerfiles are printed as they are, pages with everything escaped.
+    "jinja2": frozenset({"builder.render", "builder.reports.page"}),
 }
-EXITS = frozenset({"builder.cli"})
+SHARED = frozenset({"validate.bundle", "validate.explain"})
+"""What of the suite the builder uses on this side: the suite as a file, and the catalogue of failures."""
+LOOKED_FOR = frozenset({("validate.check", "?"), ("validate.installed", "?"), ("validate.checks.environment", "numpy")})
+"""What the suite imports by name, for it may not be there: its own checks, `packaging` wherever it lies, NumPy."""
+EXITS = frozenset({"builder.cli", "validate.__main__", "validate.child"})
 
 
 # --------------------------------------------------------------------------- the checker
@@ -106,10 +115,10 @@ def violations(sources: Mapping[str, str]) -> list[str]:
         for target, line in imported(tree, name, known | set(sources)):
             top = target.partition(".")[0]
             where = f"{module}:{line}: imports {target}"
-            if top == "validate" and not module.startswith("validate"):
+            if top == "validate" and not module.startswith("validate") and target not in SHARED:
                 found.append(f"{where}: it runs inside images")
             if module.split(".")[0] == "validate":
-                if top not in {*sys.stdlib_module_names, "torch", "validate"}:
+                if top not in {*sys.stdlib_module_names, "torch", "validate"} and (module, top) not in LOOKED_FOR:
                     found.append(f"{where}: the standard library and torch are all there is in an image")
                 continue
             if target == "?":
@@ -226,7 +235,8 @@ def test_what_is_allowed_is_not_found() -> None:
     assert violations({
         "builder.cli": '"""D."""\nimport sys\nfrom builder import __version__, lock\nsys.exit(0)\n',
         "builder.lock": '"""D."""\nfrom .index import Index\nsubprocess.run(["x"], shell=False)\n',
-        "builder.index": '"""D."""\nimport requests\n',
+        "builder.index": '"""D."""\nimport pypi_simple\n',
+        "builder.transfer": '"""D."""\nimport requests\n',
         "builder.engines.docker": '"""D."""\nimport docker\nimport requests\nfrom builder.engines import Steps\n',
         "builder.engines.__init__": '"""D."""\n',
         "validate.facts": '"""D."""\nimport json\nimport torch\n',

@@ -22,14 +22,14 @@ from builder import layout, tar
 from builder.engines.oci import bytecode, evidence, recipe
 from builder.engines.oci.bytecode import Interpreter
 from builder.engines.oci.foundation import Foundation, open_tar
-from builder.engines.oci.install import DIRECTORY, FILE, SITE, placed
+from builder.engines.oci.install import DIRECTORY, EXECUTABLE, FILE, SITE, placed
 from builder.engines.oci.splice import RECIPE, TIME, parents, require_equal, splice
 from builder.engines.oci.stack import Group
 from builder.engines.oci.wheel import Wheel, open_wheel
 from builder.errors import HashMismatchError, TorchyardError, WheelError
 from builder.layout import Layer, canonical_json
 from builder.lock import Wheel as LockedWheel
-from builder.render import HOME, HOME_OF_PYTHON, IMAGE_JSON, PREFIX, UNCOMPILED, WORKDIR, Plan
+from builder.render import HOME, HOME_OF_PYTHON, IMAGE_JSON, PREFIX, UNCOMPILED, VALIDATOR, WORKDIR, Plan
 from builder.schema import ImageBase
 from builder.store import Store, write_atomically
 
@@ -259,6 +259,7 @@ def _own_files(plan: Plan, foundation: Foundation) -> Iterator[tar.Entry]:
         yield tar.Entry(path=f"{root}/{path}", kind=tar.Kind.SYMLINK, mode=0o777, mtime=TIME, target=text(target))
     for path, content in plan.environment.files.items():
         yield tar.file_entry(f"{root}/{path}", text(content).encode(), mode=FILE, mtime=TIME)
+    yield tar.file_entry(f"{root}/bin/{VALIDATOR}", plan.validator, mode=EXECUTABLE, mtime=TIME)
     yield tar.file_entry(IMAGE_JSON.lstrip("/"), plan.files["image.json"], mtime=plan.epoch)
     if isinstance(plan.cell.base, ImageBase):
         # A bootstrap base brings these.

@@ -1,0 +1,1 @@
+"""One module per file of `validate/checks/`, each with its MUTATIONS."""

@@ -1,0 +1,64 @@
+"""Results as lines for people: one a check, and what was found below it."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Dict, Iterator, Mapping, Sequence
+
+from validate.verdict import FAILED, HARNESS, PASSED, SKIPPED, WARNED, Result, Status, exit_code, proven_tiers
+
+_MARKS: Mapping[Status, str] = {
+    Status.PASS: "ok",
+    Status.WARN: "warn",
+    Status.FAIL: "FAIL",
+    Status.SKIP: "skip",
+    Status.ERROR: "ERROR",
+}
+WIDTH = 110
+
+
+def lines(result: Result) -> Iterator[str]:
+    """Yield the lines of one result."""
+    detail = result.detail if result.status in (Status.PASS, Status.SKIP) else ""
+    time = f"{result.duration_s:6.1f} s" if result.status is not Status.SKIP else " " * 8
+    reason = f"({result.skip.value}) " if result.skip else ""
+    more = f": {reason}{detail}" if reason or detail else ""
+    yield f"{_MARKS[result.status]:<5} {result.id:<20}{time}  {result.title}{more}"
+    for finding in result.findings:
+        yield from _indented(finding.what, "      ")
+        for label, text in (("why", finding.why), ("try", finding.remedy)):
+            yield from _indented(text, f"        {label}  ")
+        if finding.mode:
+            yield f"        see  torchyard explain {finding.mode}"
+
+
+def _indented(text: str, first: str) -> Iterator[str]:
+    for line in text.splitlines():
+        yield from textwrap.wrap(
+            line,
+            WIDTH,
+            initial_indent=first,
+            subsequent_indent=" " * len(first),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        first = " " * len(first)
+
+
+def summary(results: Sequence[Result], *, on_skip: str, strict: bool, narrowed: bool) -> Iterator[str]:
+    """Yield the last lines: what is proven, what is not, and what the exit code means."""
+    counts: Dict[Status, int] = {status: sum(result.status is status for result in results) for status in Status}
+    yield " · ".join(f"{count} {_MARKS[status]}" for status, count in counts.items() if count) or "no checks"
+    names = {1: "without a GPU", 2: "on one GPU", 3: "on several GPUs"}
+    if narrowed:
+        yield "a selection of the checks: no tier is proven by it"
+    for tier, proven in () if narrowed else proven_tiers(results).items():
+        yield f"T{tier} {names[tier]}: {'proven' if proven else 'not proven'}"
+    code = exit_code(results, on_skip=on_skip, strict=strict)
+    yield {
+        PASSED: "passed",
+        FAILED: "failed: a required check failed",
+        HARNESS: "nothing was checked",
+        SKIPPED: "not passed: a required check did not run",
+        WARNED: "not passed: warnings, and --strict",
+    }[code]
