@@ -535,7 +535,7 @@ def _cells_and_references(context: Context, names: Sequence[str], *, everything:
     for name in names:
         try:
             cells += context.project.select([name])
-        except MatrixError:
+        except (MatrixError, ImpossibleError):
             # A pattern can only mean cells, and where there is no matrix there are none.
             if any(character in name for character in "*?[") and context.project.matrix_path.exists():
                 raise

@@ -29,6 +29,7 @@ import docker.errors
 import requests
 from docker.models.containers import Container
 from docker.types import DeviceRequest, LogConfig
+from docker.utils.socket import frames_iter
 
 from builder.base import BaseImage
 from builder.engines import BOX, MOST_PRINTED, Allowance, BuiltImage, End, Ended, Found, RunResult, Steps
@@ -353,13 +354,13 @@ class DockerEngine:
                 container.kill()
 
         timer = threading.Timer(deadline_s, end, [End.DEADLINE])
-        with ThreadPoolExecutor(1) as waiting:
+        with ThreadPoolExecutor(1) as waiting, contextlib.ExitStack() as opened:
             # Asked before the start: of a container that was removed, the engine tells nothing any more.
             code = waiting.submit(self._exit_code, str(container.id), int(deadline_s) + WORK_S)
             try:
                 for directory, members in _by_directory(files).items():
                     container.put_archive(directory, _archive(members))
-                output = self.client.api.attach(str(container.id), stdout=True, stderr=True, stream=True, logs=False)
+                output = opened.enter_context(self._attached(str(container.id)))
                 try:
                     container.start()
                 except docker.errors.APIError as error:
@@ -379,6 +380,17 @@ class DockerEngine:
         if not ended and code.result() in NOT_STARTED:
             ended.append(End.NO_PROGRAM)
         return Ended(how=ended[0] if ended else End.ITSELF, code=code.result())
+
+    @contextlib.contextmanager
+    def _attached(self, container: str) -> Iterator[Iterator[bytes]]:
+        """Open what a container prints to both streams, as it comes; docker-py's `attach` leaves its socket open."""
+        parameters = {"stdout": 1, "stderr": 1, "stream": 1}
+        connection = self.client.api.attach_socket(container, params=parameters)
+        try:
+            yield (piece for _, piece in frames_iter(connection, tty=False))  # type: ignore[no-untyped-call]
+        finally:
+            # docker-py keeps the response with the socket, so that both live; its end closes both.
+            getattr(connection, "_response", connection).close()
 
     def _confined(self, image: Found, argv: Sequence[str], allowance: Allowance) -> Container:
         gpus = []
