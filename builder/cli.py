@@ -618,7 +618,7 @@ def validate_command(
     r"""Say whether images, or this machine, are what they claim to be, and work.
 
     \b
-    Exit codes: 0 every required check passed; 1 one failed; 2 usage; 3 an image could not be validated at all;
+    Exit codes: 0 every required check passed; 1 a check failed; 2 usage; 3 an image could not be validated at all;
     4 a required check did not run; 5 warnings, with --strict.
     """
     from builder import reports  # noqa: PLC0415 (slow, see above)

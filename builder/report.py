@@ -92,10 +92,10 @@ class Better(StrEnum):
 
 EXIT: Final[Mapping[int, str]] = {
     0: "passed",
-    1: "failed: a required check failed",
+    1: "failed: a check failed",
     2: "not run: the request was wrong",
     3: "not run: nothing could be checked",
-    4: "not passed: a required check did not run",
+    4: "not passed: what was required did not run",
     5: "not passed: there are warnings, and none are allowed",
 }
 """What an exit code of a validation means."""
@@ -311,7 +311,7 @@ class Report(_Model):
             raise ValueError("the profile and the results do not name the same checks as required")
         if any(self.verdict.counts.get(status, 0) != len(self.with_status(status)) for status in Status):
             raise ValueError("the counts are not those of the results")
-        broken = any(one.required for one in self.with_status(Status.FAIL, Status.ERROR))
+        broken = self.with_status(Status.FAIL, Status.ERROR)
         unproven = self._unproven() and self.profile.on_skip == "fail"
         green = self.verdict.exit_code == 0
         if self.verdict.passed is not green or (green and (broken or unproven or not self.results)):

@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchyard-validate",
         description="Say whether this PyTorch environment is what it claims to be, and works.",
-        epilog="exit codes: 0 every required check passed; 1 one failed; 2 usage; 3 nothing could be checked; "
+        epilog="exit codes: 0 every required check passed; 1 a check failed; 2 usage; 3 nothing could be checked; "
         "4 a required check did not run; 5 warnings, with --strict",
     )
     parser.add_argument("--local", action="store_true", help="this machine; the default, and all there is here")

@@ -57,8 +57,8 @@ def summary(results: Sequence[Result], *, on_skip: str, strict: bool, narrowed: 
     code = exit_code(results, on_skip=on_skip, strict=strict)
     yield {
         PASSED: "passed",
-        FAILED: "failed: a required check failed",
+        FAILED: "failed: a check failed",
         HARNESS: "nothing was checked",
-        SKIPPED: "not passed: a required check did not run",
+        SKIPPED: "not passed: what was required did not run",
         WARNED: "not passed: warnings, and --strict",
     }[code]

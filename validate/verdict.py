@@ -50,8 +50,8 @@ class Blame(str, Enum):
 
 
 PASSED, FAILED, USAGE, HARNESS, SKIPPED, WARNED = range(6)
-"""Exit codes. FAILED: a required check failed or broke. HARNESS: the checks could not be run at all. SKIPPED: a
-required check did not run. WARNED: warnings under --strict."""
+"""Exit codes. FAILED: a check failed or broke, required or not. HARNESS: the checks could not be run at all. SKIPPED:
+what was required did not run. WARNED: warnings under --strict."""
 
 ON_SKIP = ("fail", "warn", "pass")
 EXCUSED = (Skip.NOT_DECLARED, Skip.NEEDS_OTHER_USER)
@@ -173,7 +173,7 @@ def exit_code(results: Sequence[Result], *, on_skip: str = "fail", strict: bool 
     if not results:
         return HARNESS
     required = [result for result in results if result.required]
-    if any(result.status in (Status.FAIL, Status.ERROR) for result in required):
+    if any(result.status in (Status.FAIL, Status.ERROR) for result in results):
         return FAILED
     skipped = any(_is_missing(result) for result in results)
     if skipped and on_skip not in ("warn", "pass"):
