@@ -37,6 +37,7 @@ from builder.schema import BootstrapBase, json_schema
 from builder.store import Store
 
 if TYPE_CHECKING:
+    from builder import reports
     from builder import update as updates
     from builder import validate as validation
 
@@ -583,13 +584,26 @@ def _targets(
         yield _Target(name, functools.partial(reference, name))
 
 
+def _report(name: str, document: Mapping[str, Any]) -> reports.Report:
+    """Read what a suite reported from inside an image, which may be anything."""
+    from builder import reports  # noqa: PLC0415 (slow, see above)
+
+    try:
+        return reports.loads(json.dumps(document).encode(), where=name)
+    except MatrixError as error:
+        raise ImpossibleError(
+            "what was reported from there is no report of the suite", where=name, problems=error.problems
+        ) from error
+
+
 @cli.command("validate")
 @click.argument("subjects", metavar="[CELL|IMAGE]...", nargs=-1)
 @everything_option
 @click.option("--local", is_flag=True, help="Validate this machine's own Python instead of an image.")
 @click.option("--python", default="python3", show_default=True, help="With --local: which Python.")
-@click.option("--gpus", default="none", show_default=True, metavar="all|N|none",
-              help="GPUs to give the container; with any, the checks of a GPU must run.")  # fmt: skip
+@click.option("--gpus", metavar="all|N|none",
+              help="GPUs to give the container, none unless said; a machine has those it has. With any, "
+              "the checks of a GPU must run.")  # fmt: skip
 @click.option("--profile", default="runtime", show_default=True, metavar="NAME",
               help="The use: runtime, cpu, gpu, multi-gpu, training, kubernetes, quick.")  # fmt: skip
 @click.option("--on-skip", type=click.Choice(["fail", "warn", "pass"]), default="fail", show_default=True,
@@ -611,6 +625,7 @@ def validate_command(
     everything: bool,
     local: bool,
     python: str,
+    gpus: str | None,
     report_dir: Path,
     keep: bool,
     **asked: Any,  # noqa: ANN401 (the words of Asked)
@@ -630,7 +645,7 @@ def validate_command(
             "name cells or images, or --all, or --local",
             tries=("torchyard validate '*cu128*'", "torchyard validate some/image:tag", "torchyard validate --local"),
         )
-    what = validation.Asked(**asked)
+    what = validation.Asked(gpus=gpus or ("auto" if local else "none"), **asked)
     targets: Iterable[_Target] = [_Target("machine", functools.partial(validation.machine, python, what))]
     if not local:
         targets = _targets(context, subjects, what, everything=everything, keep=keep)
@@ -647,7 +662,7 @@ def validate_command(
         console.say(f"validate {target.name}")
         directory = report_dir / reports.directory_name(target.name)
         try:
-            report = reports.loads(json.dumps(target.run(show)).encode(), where=target.name)
+            report = _report(target.name, target.run(show))
             reports.write_all(report, directory)
         except TorchyardError as error:
             failures.append(error)
