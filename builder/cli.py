@@ -614,6 +614,8 @@ def _report(name: str, document: Mapping[str, Any]) -> reports.Report:
               help="A number of the profile.")  # fmt: skip
 @click.option("--budget", "budget_s", type=click.FloatRange(min=1), default=1800.0, show_default=True,
               metavar="SECONDS", help="No check begins after this time.")  # fmt: skip
+@click.option("--waivers", type=click.Path(path_type=Path), metavar="PATH",
+              help="Checks that may fail until a day, with reasons: a JSON file.")  # fmt: skip
 @click.option("--report-dir", type=click.Path(path_type=Path, file_okay=False), default=Path("reports"),
               show_default=True, help="Where the reports go, a directory for each subject.")  # fmt: skip
 @keep_option
@@ -626,6 +628,7 @@ def validate_command(
     local: bool,
     python: str,
     gpus: str | None,
+    waivers: Path | None,
     report_dir: Path,
     keep: bool,
     **asked: Any,  # noqa: ANN401 (the words of Asked)
@@ -634,7 +637,7 @@ def validate_command(
 
     \b
     Exit codes: 0 every required check passed; 1 a check failed; 2 usage; 3 an image could not be validated at all;
-    4 a required check did not run; 5 warnings, with --strict.
+    4 a required check did not run, or nothing was proven; 5 warnings, with --strict.
     """
     from builder import reports  # noqa: PLC0415 (slow, see above)
     from builder import validate as validation  # noqa: PLC0415 (the same)
@@ -645,7 +648,11 @@ def validate_command(
             "name cells or images, or --all, or --local",
             tries=("torchyard validate '*cu128*'", "torchyard validate some/image:tag", "torchyard validate --local"),
         )
-    what = validation.Asked(gpus=gpus or ("auto" if local else "none"), **asked)
+    what = validation.Asked(
+        gpus=gpus or ("auto" if local else "none"),
+        waivers=None if waivers is None else validation.read_waivers(waivers),
+        **asked,
+    )
     targets: Iterable[_Target] = [_Target("machine", functools.partial(validation.machine, python, what))]
     if not local:
         targets = _targets(context, subjects, what, everything=everything, keep=keep)

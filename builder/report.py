@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import UTC, date, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NoReturn, Self
@@ -47,6 +47,8 @@ class Status(StrEnum):
     FAIL = "fail"
     SKIP = "skip"
     ERROR = "error"
+    WAIVED = "waived"
+    """It failed or broke, and somebody gave a reason to live with that for a while."""
 
     @property
     def proves(self) -> bool:
@@ -157,6 +159,23 @@ class Subject(_Model):
     """What the image was declared to be, its image.json."""
 
 
+class Waiver(_Model):
+    """Leave for a check to fail."""
+
+    why: Annotated[str, Field(min_length=1)]
+    until: date
+    """The last day of it, in universal time."""
+
+    def __str__(self) -> str:
+        return f"until {self.until}: {self.why}"
+
+
+class NamedWaiver(Waiver):
+    """A waiver and the check that it is for."""
+
+    check: CheckId
+
+
 class Profile(_Model):
     """What was asked of the environment."""
 
@@ -167,6 +186,8 @@ class Profile(_Model):
     strict: bool
     """Whether warnings fail the run."""
     required: tuple[CheckId, ...]
+    waivers: tuple[NamedWaiver, ...] = ()
+    """All that were given, whether they were needed or not."""
 
 
 class Verdict(_Model):
@@ -261,6 +282,8 @@ class Result(_Model):
     required: bool
     status: Status
     skip: Skip | None
+    waiver: Waiver | None = None
+    """Of a waived one."""
     detail: str
     findings: tuple[Finding, ...]
     metrics: Mapping[str, Metric]
@@ -313,10 +336,26 @@ class Report(_Model):
             raise ValueError("the counts are not those of the results")
         broken = self.with_status(Status.FAIL, Status.ERROR)
         unproven = self._unproven() and self.profile.on_skip == "fail"
+        proven = any(result.required and result.status.proves for result in self.results)
         green = self.verdict.exit_code == 0
-        if self.verdict.passed is not green or (green and (broken or unproven or not self.results)):
+        if self.verdict.passed is not green or (green and (broken or unproven or not proven)):
             raise ValueError("the verdict is not what the results say")
+        self._waives_what_it_may()
         return self
+
+    def _waives_what_it_may(self) -> None:
+        given = {one.check: (one.why, one.until) for one in self.profile.waivers}
+        if len(given) != len(self.profile.waivers):
+            raise ValueError("a check has two waivers")
+        today = self.started.astimezone(UTC).date()
+        for result in self.results:
+            if (result.waiver is not None) is not (result.status is Status.WAIVED):
+                raise ValueError("a check is waived without a waiver, or has one and is not")
+            if result.waiver is not None:
+                if given.get(result.id) != (result.waiver.why, result.waiver.until):
+                    raise ValueError("a check has a waiver that nobody gave")
+                if result.waiver.until < today:
+                    raise ValueError("a check has a waiver that was over when the run began")
 
     @property
     def name(self) -> str:
@@ -326,6 +365,8 @@ class Report(_Model):
     @property
     def meaning(self) -> str:
         """The verdict in words."""
+        if self.verdict.exit_code == 4 and not self.missing():
+            return "not passed: nothing that was required is proven"
         return EXIT[self.verdict.exit_code]
 
     @property
@@ -609,12 +650,13 @@ def diff(before: Report, after: Report) -> Diff:
 
 
 def _run(report: Report) -> Mapping[str, object]:
-    profile = report.profile.model_dump(mode="json", exclude={"required", "options"})
+    profile = report.profile.model_dump(mode="json", exclude={"required", "options", "waivers"})
     return {
         **{f"subject {name}": value for name, value in report.subject.model_dump(mode="json").items()},
         **{f"suite {name}": value for name, value in report.suite.model_dump(mode="json").items()},
         **{f"profile {name}": value for name, value in profile.items()},
         **{f"option {name}": value for name, value in report.profile.options.items()},
+        **{f"waiver {one.check}": str(one) for one in report.profile.waivers},
         "verdict": report.meaning,
         "proven tiers": sorted(tier for tier, proven in report.verdict.tiers.items() if proven),
     }
@@ -643,15 +685,26 @@ def _statuses(before: Report, after: Report) -> Iterator[Change]:
             yield Change(section="statuses", name=name, before=was, after=became, judgement=_judged(was, became))
 
 
+_WORTH: Final[Mapping[Status, int]] = {
+    Status.PASS: 3,
+    Status.WARN: 2,
+    Status.WAIVED: 1,
+    Status.FAIL: 0,
+    Status.ERROR: 0,
+}
+"""Of what ran."""
+
+
 def _judged(before: Status | None, after: Status | None) -> Judgement:
     """Judge a change of status; where nothing was proven before or is proven now, there is nothing to compare."""
     if after is None:
         return Judgement.NEITHER
     if before is None or before is Status.SKIP:
         return Judgement.WORSE if after in (Status.FAIL, Status.ERROR) else Judgement.NEITHER
-    if before.proves and after.proves:
-        return Judgement.BETTER if after is Status.PASS else Judgement.WORSE
-    return Judgement.WORSE if before.proves else Judgement.BETTER if after.proves else Judgement.NEITHER
+    if after is Status.SKIP:
+        return Judgement.WORSE if before.proves else Judgement.NEITHER
+    gained = _WORTH[after] - _WORTH[before]
+    return Judgement.BETTER if gained > 0 else Judgement.WORSE if gained < 0 else Judgement.NEITHER
 
 
 def _findings(before: Report, after: Report) -> Iterator[Change]:

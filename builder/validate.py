@@ -45,6 +45,9 @@ _LOOK = (
 _SUITE = f"{BOX}/validate.pyz"
 _DECLARED = f"{BOX}/image.json"
 _ELSEWHERE = f"{BOX}/elsewhere.json"
+_WAIVERS = f"{BOX}/waivers.json"
+MOST_WAIVERS = 1 << 20
+"""Bytes of a file of waivers."""
 
 Event = Mapping[str, Any]
 OnEvent = Callable[[Event], None]
@@ -61,6 +64,8 @@ class Asked:
     only: Sequence[str] = ()
     options: Sequence[str] = ()
     budget_s: float = BUDGET_S
+    waivers: bytes | None = None
+    """A file of waivers, as the suite reads it; where it lies is for who runs the suite to say."""
     prelude: str = ""
     """Python for the tests of the suite, run before each check."""
 
@@ -157,6 +162,10 @@ def image(subject: Subject, found: Found, asked: Asked, engine: Watcher, on_even
     if FOREIGN_CHECK in selected:
         files[_ELSEWHERE] = json.dumps(_as_foreign_user(found, python, asked, files, engine)).encode()
         arguments.append(f"--elsewhere={_ELSEWHERE}")
+    if asked.waivers is not None:
+        # The one container that gives the verdict applies them, to what the other one found as well.
+        files[_WAIVERS] = asked.waivers
+        arguments.append(f"--waivers={_WAIVERS}")
     hearing = _Hearing(on_event)
     ended = engine.watch(
         found,
@@ -181,12 +190,33 @@ def _selected(suite: bytes, asked: Asked) -> frozenset[str]:
     """
     with TemporaryDirectory(prefix="torchyard-") as directory:
         path = _placed(suite, Path(directory))
-        command = [sys.executable, str(path), *asked.arguments(), "--list"]
+        command = [sys.executable, str(path), *asked.arguments(), *_waivers(asked, Path(directory)), "--list"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode == MatrixError.exit_code:
         raise MatrixError(done.stderr.strip().splitlines()[-1].removeprefix("torchyard-validate: error: "))
     assert done.returncode == 0, done.stderr
     return frozenset(line.split()[1] for line in done.stdout.splitlines())
+
+
+def read_waivers(path: Path) -> bytes:
+    """Return the bytes of a file of waivers; raises MatrixError if there is none, or it is too large for one."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_WAIVERS + 1)
+    except OSError as error:
+        raise MatrixError("the waivers cannot be read", where=str(path), why=error.strerror or str(error)) from None
+    if len(content) > MOST_WAIVERS:
+        raise MatrixError("no file of waivers", where=str(path), why=f"it is larger than {MOST_WAIVERS} bytes")
+    return content
+
+
+def _waivers(asked: Asked, directory: Path) -> list[str]:
+    """Write the waivers beside a suite of this machine; return the option that names them."""
+    if asked.waivers is None:
+        return []
+    path = directory / "waivers.json"
+    path.write_bytes(asked.waivers)
+    return [f"--waivers={path}"]
 
 
 def _placed(suite: bytes, directory: Path) -> Path:
@@ -301,6 +331,7 @@ def machine(python: str, asked: Asked, on_event: OnEvent) -> dict[str, Any]:
     with TemporaryDirectory(prefix="torchyard-") as directory:
         path = _placed(suite, Path(directory))
         command = [python, str(path), *asked.arguments(), f"--subject={json.dumps(_about(subject))}"]
+        command += _waivers(asked, Path(directory))
         hearing = _Hearing(on_event)
         try:
             process = subprocess.Popen(

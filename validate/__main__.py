@@ -15,7 +15,7 @@ import tempfile
 import time
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Set, Tuple
 
-from validate import bundle, check, document, explain, profile, runner, terminal
+from validate import bundle, check, document, explain, profile, runner, terminal, waivers
 from validate.driver import Driver, seen
 from validate.verdict import HARNESS, ON_SKIP, Blame, Finding, Result, Status, result_of
 
@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="torchyard-validate",
         description="Say whether this PyTorch environment is what it claims to be, and works.",
         epilog="exit codes: 0 every required check passed; 1 a check failed; 2 usage; 3 nothing could be checked; "
-        "4 a required check did not run; 5 warnings, with --strict",
+        "4 a required check did not run, or nothing was proven; 5 warnings, with --strict",
     )
     parser.add_argument("--local", action="store_true", help="this machine; the default, and all there is here")
     parser.add_argument("--profile", choices=sorted(profile.PROFILES), default=profile.DEFAULT)
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="only checks with such an id")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a number of the profile")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no check after this time")
+    parser.add_argument("--waivers", metavar="PATH", help="checks that may fail until a day, with reasons: a JSON file")
     parser.add_argument("--report", metavar="PATH", help="write report.json")
     parser.add_argument("--json", action="store_true", help="print events, a JSON document a line")
     parser.add_argument("--list", action="store_true", help="list the checks and stop")
@@ -74,6 +75,21 @@ def _elsewhere(path: Optional[str], checks: Sequence[check.Check], options: Mapp
     remedy = "let everybody read and enter Python's directories, all of them from the root on: chmod a+rX"
     finding = Finding(status, what, why=found["broke"], remedy=remedy, blame=Blame.IMAGE)
     return {one.id: Result(one.id, one.title, one.tier, status, findings=[finding], output=found["broke"])}
+
+
+def _waivers(path: Optional[str], checks: Mapping[str, check.Check]) -> Mapping[str, waivers.Waiver]:
+    """Read the file of waivers; raises ValueError in one line if there is none, or it is none."""
+    if path is None:
+        return {}
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            content = file.read(waivers.MOST_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"--waivers: {path!a} cannot be read: {error.strerror}") from None
+    try:
+        return waivers.read(content, checks)
+    except ValueError as error:
+        raise ValueError(f"--waivers: {error}") from None
 
 
 def _declared(path: str) -> Optional[Mapping[str, Any]]:
@@ -118,6 +134,7 @@ def _main(parser: argparse.ArgumentParser, arguments: Optional[Sequence[str]]) -
     try:
         options = _options(asked.option, profile.DEFAULTS)
         subject = json.loads(asked.subject)
+        waived = _waivers(asked.waivers, checks)
     except ValueError as error:
         parser.error(str(error))
     wanted, required = profile.select(checks, chosen, only=asked.only, gpus=asked.gpus)
@@ -130,7 +147,7 @@ def _main(parser: argparse.ArgumentParser, arguments: Optional[Sequence[str]]) -
         for one in wanted:
             sys.stdout.write(f"T{one.tier} {one.id:<22} {'required' if one.id in required else '':<9} {one.title}\n")
         return 0
-    return _run(asked, chosen, (wanted, required), options=options, subject=subject)
+    return _run(asked, chosen, (wanted, required), waived=waived, options=options, subject=subject)
 
 
 def _run(
@@ -138,12 +155,13 @@ def _run(
     chosen: profile.Profile,
     selected: Tuple[Sequence[check.Check], Set[str]],
     *,
+    waived: Mapping[str, waivers.Waiver],
     options: Mapping[str, Any],
     subject: Mapping[str, Any],
 ) -> int:
     wanted, required = selected
     numbers = {**chosen.numbers, "gpus": asked.gpus, **options}
-    started = dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds")
+    started = dt.datetime.now(dt.timezone.utc)
     begun = time.monotonic()
 
     def emit(event: Mapping[str, Any]) -> None:
@@ -180,6 +198,8 @@ def _run(
             budget_s=asked.budget,
             foreign_user=asked.foreign_user,
             elsewhere=_elsewhere(asked.elsewhere, wanted, numbers),
+            waivers=waived,
+            today=started.date(),
             prelude=asked.prelude,
         )
     finally:
@@ -189,8 +209,9 @@ def _run(
         subject={"kind": "environment", "name": None, "digest": None, **subject, "declared": declared},
         suite={"version": VERSION, "digest": f"sha256:{bundle.digest()}"},
         profile={"name": chosen.name, "options": numbers},
+        waivers=list(waived.values()),
         driver=driver,
-        started=started,
+        started=started.isoformat(timespec="seconds"),
         duration_s=time.monotonic() - begun,
         on_skip=asked.on_skip,
         strict=asked.strict,

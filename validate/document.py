@@ -13,6 +13,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 
 from validate.driver import Driver
 from validate.verdict import Result, Status, exit_code, proven_tiers
+from validate.waivers import Waiver
 
 SCHEMA = 1
 _FINGERPRINTED = ("python_full", "machine", "torch", "cuda", "cudnn_number", "nccl", "architectures", "packages")
@@ -35,6 +36,7 @@ def document(
     subject: Mapping[str, Any],
     suite: Mapping[str, str],
     profile: Mapping[str, Any],
+    waivers: Sequence[Waiver],
     driver: Driver,
     started: str,
     duration_s: float,
@@ -44,7 +46,8 @@ def document(
 ) -> Dict[str, Any]:
     """Return the report. `subject` is what was validated: kind, name, digest, declared; `started` is ISO 8601.
 
-    `narrowed` says that not all checks of the tiers were asked for, so that no tier can be proven.
+    `waivers` are all that were given, whether they were needed or not. `narrowed` says that not all checks of the tiers
+    were asked for, so that no tier can be proven.
     """
     facts: Mapping[str, Any] = next((result.evidence["facts"] for result in results if "facts" in result.evidence), {})
     code = exit_code(results, on_skip=on_skip, strict=strict)
@@ -58,6 +61,7 @@ def document(
             "on_skip": on_skip,
             "strict": strict,
             "required": sorted(result.id for result in results if result.required),
+            "waivers": [waiver.as_json() for waiver in sorted(waivers, key=lambda it: it.check)],
         },
         "verdict": {
             "exit_code": code,

@@ -7,6 +7,7 @@ cause and not all that follows from it.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import errno
 import json
 import os
@@ -23,7 +24,8 @@ from validate import explain
 from validate.check import Check, Request
 from validate.child import CODE
 from validate.driver import Driver
-from validate.verdict import Blame, Finding, Metric, Result, Skip, Status, finding_of
+from validate.verdict import Blame, Finding, Metric, Result, Skip, Status, finding_of, waived
+from validate.waivers import Waiver
 
 FOREIGN_UID = 12345
 """A user without an entry in /etc/passwd, in group 0: what OpenShift gives a container."""
@@ -48,14 +50,16 @@ def run(
     budget_s: Optional[float] = None,
     foreign_user: bool = False,
     elsewhere: Mapping[str, Result] = MappingProxyType({}),
+    waivers: Mapping[str, Waiver] = MappingProxyType({}),
+    today: Optional[dt.date] = None,
     prelude: str = "",
 ) -> List[Result]:
     """Run the checks and return their results, in the order of `checks`.
 
     `root` is where `validate` is imported from: a directory or a zip. `foreign_user` says that this process already is
-    a user without an entry in /etc/passwd; `elsewhere` are results of checks that such a process ran. `prelude` is
-    Python that runs in each check's process before the check: with it the tests make environments in which a check
-    must fail.
+    a user without an entry in /etc/passwd; `elsewhere` are results of checks that such a process ran. `waivers` are by
+    check, and `today` decides which of them are over; without it none is applied. `prelude` is Python that runs in each
+    check's process before the check: with it the tests make environments in which a check must fail.
     """
     end = None if budget_s is None else time.monotonic() + budget_s
     results: Dict[str, Result] = {}
@@ -65,6 +69,8 @@ def run(
 
     def finished(result: Result) -> None:
         result.required = result.id in required
+        if today is not None and result.id in waivers:
+            result = waived(result, waivers[result.id], today)
         results[result.id] = result
         on_result(result)
 
@@ -123,7 +129,8 @@ def _cannot_run(
             continue
         if result.status is Status.SKIP and result.skip is not None:
             return result.skip, f"as {need}: {result.detail}"
-        return Skip.DEPENDENCY_FAILED, f"{need} failed"
+        # A waiver is for what it names: what needs that did not run, and is missing if it was required.
+        return Skip.DEPENDENCY_FAILED, f"{need} failed" + (", and is waived" if result.waiver else "")
     if one.foreign_user and not foreign_user and os.geteuid() != 0:
         return Skip.NEEDS_OTHER_USER, f"only root can try what uid {FOREIGN_UID} could do"
     return None

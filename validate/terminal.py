@@ -5,7 +5,18 @@ from __future__ import annotations
 import textwrap
 from typing import Dict, Iterator, Mapping, Sequence
 
-from validate.verdict import FAILED, HARNESS, PASSED, SKIPPED, WARNED, Result, Status, exit_code, proven_tiers
+from validate.verdict import (
+    FAILED,
+    HARNESS,
+    PASSED,
+    SKIPPED,
+    WARNED,
+    Result,
+    Status,
+    exit_code,
+    is_missing,
+    proven_tiers,
+)
 
 _MARKS: Mapping[Status, str] = {
     Status.PASS: "ok",
@@ -13,6 +24,7 @@ _MARKS: Mapping[Status, str] = {
     Status.FAIL: "FAIL",
     Status.SKIP: "skip",
     Status.ERROR: "ERROR",
+    Status.WAIVED: "waived",
 }
 WIDTH = 110
 
@@ -20,10 +32,12 @@ WIDTH = 110
 def lines(result: Result) -> Iterator[str]:
     """Yield the lines of one result."""
     detail = result.detail if result.status in (Status.PASS, Status.SKIP) else ""
+    if result.waiver:
+        detail = f"until {result.waiver.until.isoformat()}: {result.waiver.why}"
     time = f"{result.duration_s:6.1f} s" if result.status is not Status.SKIP else " " * 8
     reason = f"({result.skip.value}) " if result.skip else ""
     more = f": {reason}{detail}" if reason or detail else ""
-    yield f"{_MARKS[result.status]:<5} {result.id:<20}{time}  {result.title}{more}"
+    yield f"{_MARKS[result.status]:<6} {result.id:<20}{time}  {result.title}{more}"
     for finding in result.findings:
         yield from _indented(finding.what, "      ")
         for label, text in (("why", finding.why), ("try", finding.remedy)):
@@ -55,10 +69,11 @@ def summary(results: Sequence[Result], *, on_skip: str, strict: bool, narrowed: 
     for tier, proven in () if narrowed else proven_tiers(results).items():
         yield f"T{tier} {names[tier]}: {'proven' if proven else 'not proven'}"
     code = exit_code(results, on_skip=on_skip, strict=strict)
+    missing = any(is_missing(result) for result in results)
     yield {
         PASSED: "passed",
         FAILED: "failed: a check failed",
         HARNESS: "nothing was checked",
-        SKIPPED: "not passed: what was required did not run",
+        SKIPPED: f"not passed: {'what was required did not run' if missing else 'nothing that was required is proven'}",
         WARNED: "not passed: warnings, and --strict",
     }[code]

@@ -5,9 +5,12 @@ A run that proved nothing is never green: what was required and did not run deci
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import datetime as dt
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+from validate.waivers import Waiver
 
 
 class Status(str, Enum):
@@ -19,6 +22,8 @@ class Status(str, Enum):
     SKIP = "skip"
     ERROR = "error"
     """The check itself broke or ran out of time in a way that nothing can be blamed for."""
+    WAIVED = "waived"
+    """It failed or broke, and somebody gave a reason to live with that until a day that is not over."""
 
 
 class Skip(str, Enum):
@@ -51,7 +56,7 @@ class Blame(str, Enum):
 
 PASSED, FAILED, USAGE, HARNESS, SKIPPED, WARNED = range(6)
 """Exit codes. FAILED: a check failed or broke, required or not. HARNESS: the checks could not be run at all. SKIPPED:
-what was required did not run. WARNED: warnings under --strict."""
+what was required did not run, or nothing that was required is proven. WARNED: warnings under --strict."""
 
 ON_SKIP = ("fail", "warn", "pass")
 EXCUSED = (Skip.NOT_DECLARED, Skip.NEEDS_OTHER_USER)
@@ -102,6 +107,8 @@ class Result:
     status: Status
     required: bool = False
     skip: Optional[Skip] = None
+    waiver: Optional[Waiver] = None
+    """Of a waived one."""
     detail: str = ""
     """For people: why it was skipped, or the one line that sums a pass up."""
     findings: List[Finding] = field(default_factory=list)
@@ -127,6 +134,7 @@ class Result:
             "required": self.required,
             "status": self.status.value,
             "skip": self.skip.value if self.skip else None,
+            "waiver": {"why": self.waiver.why, "until": self.waiver.until.isoformat()} if self.waiver else None,
             "detail": self.detail,
             "findings": [finding.as_json() for finding in self.findings],
             "metrics": {
@@ -146,12 +154,14 @@ def finding_of(document: Mapping[str, str]) -> Finding:
 
 def result_of(document: Mapping[str, Any]) -> Result:
     """Read what `Result.as_json` gave; raises KeyError, ValueError or TypeError if it is something else."""
+    waiver = document["waiver"]
     result = Result(
         id=document["id"],
         title=document["title"],
         tier=document["tier"],
         status=Status(document["status"]),
         skip=Skip(document["skip"]) if document["skip"] else None,
+        waiver=Waiver(document["id"], waiver["why"], dt.date.fromisoformat(waiver["until"])) if waiver else None,
         detail=document["detail"],
         evidence=dict(document["evidence"]),
         output=document["output"],
@@ -163,19 +173,40 @@ def result_of(document: Mapping[str, Any]) -> Result:
     return result
 
 
-def _is_missing(result: Result) -> bool:
+def waived(result: Result, waiver: Waiver, today: dt.date) -> Result:
+    """Return the result under a waiver: what failed or broke is waived until its day is over, and told after that.
+
+    What did not fail, or did not run, is as it was.
+    """
+    if result.status not in (Status.FAIL, Status.ERROR):
+        return result
+    if waiver.until >= today:
+        return replace(result, status=Status.WAIVED, waiver=waiver)
+    over = Finding(
+        Status.FAIL,
+        f"the waiver of {waiver.check} is over: it ended with {waiver.until.isoformat()}",
+        why=f"it was given because: {waiver.why}",
+        remedy="mend what fails, or look at the reason again and give the waiver a later date",
+    )
+    return replace(result, findings=[*result.findings, over])
+
+
+def is_missing(result: Result) -> bool:
     """Tell whether a required check did not run, and no good reason excuses it."""
     return result.required and result.status is Status.SKIP and result.skip not in EXCUSED
 
 
 def exit_code(results: Sequence[Result], *, on_skip: str = "fail", strict: bool = False) -> int:
-    """Return the exit code of a run; of nothing at all it is HARNESS, for nothing was proven."""
+    """Return the exit code of a run; of nothing at all it is HARNESS, for nothing was proven.
+
+    A waived check neither fails a run nor proves anything.
+    """
     if not results:
         return HARNESS
     required = [result for result in results if result.required]
     if any(result.status in (Status.FAIL, Status.ERROR) for result in results):
         return FAILED
-    skipped = any(_is_missing(result) for result in results)
+    skipped = any(is_missing(result) for result in results)
     if skipped and on_skip not in ("warn", "pass"):
         return SKIPPED
     proven = any(result.status in (Status.PASS, Status.WARN) for result in required)
@@ -188,11 +219,11 @@ def exit_code(results: Sequence[Result], *, on_skip: str = "fail", strict: bool 
 def proven_tiers(results: Sequence[Result]) -> Mapping[int, bool]:
     """Return, for each tier with a check in the run, whether it is proven.
 
-    That is: a required check of it passed, and none failed or is missing.
+    That is: a required check of it passed, and none failed or is missing; one that is waived counts neither way.
     """
     tiers: Dict[int, bool] = {}
     for tier in sorted({result.tier for result in results}):
         required = [result for result in results if result.tier == tier and result.required]
-        bad = any(result.status in (Status.FAIL, Status.ERROR) or _is_missing(result) for result in required)
+        bad = any(result.status in (Status.FAIL, Status.ERROR) or is_missing(result) for result in required)
         tiers[tier] = not bad and any(result.status in (Status.PASS, Status.WARN) for result in required)
     return tiers

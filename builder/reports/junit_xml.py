@@ -65,6 +65,9 @@ def _case(report: Report, result: Result) -> ET.Element:
     fails = [finding for finding in result.findings if finding.status is Status.FAIL]
     if result.status is Status.SKIP:
         ET.SubElement(case, "skipped", message=line(f"{result.skip or 'skipped'}: {result.detail}"))
+    elif result.waiver is not None:
+        waived = ET.SubElement(case, "skipped", message=line(f"waived {result.waiver}"))
+        waived.text = plain("\n\n".join(_told(finding) for finding in result.findings))
     elif result.status in (Status.FAIL, Status.ERROR):
         first = fails[0] if fails else None
         failed = ET.SubElement(
@@ -85,8 +88,8 @@ def _measured(result: Result) -> Iterator[tuple[str, str]]:
     yield "title", result.title
     yield "tier", f"T{result.tier}"
     yield "required", "yes" if result.required else "no"
-    if result.status is Status.WARN:
-        yield "status", "warn"
+    if result.status in (Status.WARN, Status.WAIVED):
+        yield "status", result.status
     for name, metric in result.metrics.items():
         yield f"metric {name}", f"{metric.value!r} {metric.unit}"
 

@@ -21,7 +21,8 @@ _TIERS: Mapping[int | str, str] = {"1": "without a GPU", "2": "on one GPU", "3":
 
 def html(report: Report) -> str:
     """Return the page of one report."""
-    found = [(result, finding) for result in report.results for finding in result.findings]
+    # What a waived one found stands under its waiver.
+    found = [(one, finding) for one in report.results if one.waiver is None for finding in one.findings]
     return _printed(
         "report.html.j2",
         report=report,
@@ -29,6 +30,7 @@ def html(report: Report) -> str:
         failures=[*_with(found, Status.FAIL), *_silent(report)],
         warnings=_with(found, Status.WARN),
         missing=report.missing(),
+        waived=report.with_status(Status.WAIVED),
         counts=_counts(report),
         facts=list(_facts(report)),
         figures=figures(report),
@@ -44,6 +46,7 @@ def overview(reports: Mapping[str, Report], *, links: Mapping[str, str] | None =
             "report": report,
             "counts": _counts(report),
             "facts": dict(_facts(report)),
+            "waived": [result.id for result in report.with_status(Status.WAIVED)],
             "bad": [result.id for result in report.with_status(Status.FAIL, Status.ERROR) or report.missing()],
         }
         for name, report in reports.items()

@@ -31,7 +31,7 @@ class Bar:
     value: float
     shown: str
     tone: str = "plain"
-    """Class of the bar: "plain", "strong" for what matters most, "pass", "warn", "fail", "skip", "error"."""
+    """Class of the bar: "plain", "strong" for what matters most, "pass", "warn", "fail", "skip", "error", "waived"."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,17 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from builder.report import Finding, Report, Result, Status, line, plain, shown
 
 MAX_LINES = 60
-_MOST_FAILURES, _MOST_WARNINGS, _MOST_NUMBERS, _MOST_GROUPS = 8, 4, 14, 14
+_MOST_FAILURES, _MOST_WARNINGS, _MOST_WAIVED, _MOST_NUMBERS, _MOST_GROUPS = 8, 4, 3, 12, 12
 _LONGEST = 300
 """Characters of one text; the whole of it is in the report."""
 _MOST_ANNOTATIONS = 10
-"""Of errors, and of warnings: GitHub shows no more of a step."""
+"""Of errors, of warnings, and of notices: GitHub shows no more of a step."""
 MARKS: Mapping[Status, str] = {
     Status.PASS: "✓",
     Status.WARN: "!",
     Status.FAIL: "✗",
     Status.SKIP: "-",
     Status.ERROR: "✗",
+    Status.WAIVED: "○",
 }
 
 
@@ -54,7 +55,7 @@ def overview(reports: Mapping[str, Report]) -> str:
             _text(str(facts.get("cuda") or "-")),
             _text(report.driver.devices or "-"),
             str(len(report.results)),
-            _listed(bad) or "-",
+            _listed([*bad, *report.with_status(Status.WAIVED)]) or "-",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
@@ -64,8 +65,10 @@ def workflow_commands(report: Report) -> str:
     """Return commands that make GitHub show what is wrong beside the job, one a line; none if nothing is."""
     errors: list[str] = []
     warnings: list[str] = []
+    notices = [_command("notice", one.id, f"waived {one.waiver}") for one in report.with_status(Status.WAIVED)]
     for result in report.results:
-        for finding in result.findings:
+        # What a waived one found has been accepted.
+        for finding in result.findings if result.waiver is None else ():
             failed = finding.status is Status.FAIL
             text = f"{finding.what}. {finding.remedy}" if finding.remedy else finding.what
             (errors if failed else warnings).append(_command("error" if failed else "warning", result.id, text))
@@ -74,7 +77,7 @@ def workflow_commands(report: Report) -> str:
     ]
     if not report.verdict.passed and not errors:
         errors.append(_command("error", "verdict", report.meaning))
-    return "".join(f"{one}\n" for one in [*errors[:_MOST_ANNOTATIONS], *warnings[:_MOST_ANNOTATIONS]])
+    return "".join(f"{one}\n" for kind in (errors, warnings, notices) for one in kind[:_MOST_ANNOTATIONS])
 
 
 def _command(kind: str, title: str, text: str) -> str:
@@ -100,7 +103,15 @@ def _bad(report: Report) -> Iterator[str]:
     failed += [f"- **{one.id}** {_text(one.detail or one.title)}" for one in silent]
     failed += [f"- **{one.id}** did not run: {one.skip}: {_text(one.detail)}" for one in report.missing()]
     warned = [*_found(report, Status.WARN)]
-    for lines, most, words in ((failed, _MOST_FAILURES, "failures"), (warned, _MOST_WARNINGS, "warnings")):
+    waived = [
+        f"- {MARKS[one.status]} **{one.id}** waived {_text(str(one.waiver))}"
+        for one in report.with_status(Status.WAIVED)
+    ]
+    for lines, most, words in (
+        (failed, _MOST_FAILURES, "failures"),
+        (warned, _MOST_WARNINGS, "warnings"),
+        (waived, _MOST_WAIVED, "waived checks"),
+    ):
         if lines:
             yield from lines[:most]
             if len(lines) > most:
@@ -110,7 +121,7 @@ def _bad(report: Report) -> Iterator[str]:
 
 def _found(report: Report, status: Status) -> Iterator[str]:
     for result in report.results:
-        for finding in result.findings:
+        for finding in result.findings if result.waiver is None else ():
             if finding.status is status:
                 yield f"- {'⚠️ ' if status is Status.WARN else ''}**{result.id}** {_sentence(finding)}"
 

@@ -175,7 +175,7 @@ def test_our_images_validate_themselves(cpu_oci: Built, options: Sequence[str]) 
     command = ["docker", "run", "--rm", "--network", "none", *options, cpu_oci.name, VALIDATOR]
     done = subprocess.run([*command, "--only", "run.identity"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("ok    run.identity")
+    assert done.stdout.split()[:2] == ["ok", "run.identity"]
     assert "no tier is proven" in done.stdout
 
 

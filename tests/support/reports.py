@@ -33,6 +33,7 @@ def result(
     required: bool = True,
     title: str = "",
     skip: str | None = None,
+    waiver: tuple[str, str] | None = None,
     detail: str = "",
     findings: Sequence[Mapping[str, Any]] = (),
     metrics: Mapping[str, tuple[float | str, str, str]] | None = None,
@@ -47,6 +48,7 @@ def result(
         "required": required,
         "status": status,
         "skip": skip,
+        "waiver": {"why": waiver[0], "until": waiver[1]} if waiver else None,
         "detail": detail,
         "findings": list(findings),
         "metrics": {
@@ -97,9 +99,9 @@ def document(
     """Return a report as report.json has it; the exit code is what the statuses give, unless it is said."""
     if exit_code is None:
         required = [one["status"] for one in results if one["required"]]
-        skipped = "skip" in required and on_skip == "fail"
-        exit_code = 3 if not results else 1 if {"fail", "error"} & set(required) else 4 if skipped else 0
-    statuses = ("pass", "warn", "fail", "skip", "error")
+        gap = ("skip" in required and on_skip == "fail") or not {"pass", "warn"} & set(required)
+        exit_code = 3 if not results else 1 if {"fail", "error"} & set(required) else 4 if gap else 0
+    statuses = ("pass", "warn", "fail", "skip", "error", "waived")
     return {
         "schema": 1,
         "suite": {"version": "1", "digest": "sha256:" + "ab" * 32},
@@ -110,6 +112,7 @@ def document(
             "on_skip": on_skip,
             "strict": False,
             "required": sorted(one["id"] for one in results if one["required"]),
+            "waivers": [{"check": one["id"], **one["waiver"]} for one in results if one["waiver"]],
         },
         "verdict": {
             "exit_code": exit_code,
@@ -269,6 +272,21 @@ def bad() -> dict[str, Any]:
     )
 
 
+def waived() -> dict[str, Any]:
+    """Return a document of an environment that is green, but for what somebody has given leave to fail."""
+    slow = finding("decoding draws 71 % of the bandwidth", remedy="nvidia-smi -q -d CLOCK", mode="F01", blame="host")
+    return document(
+        [
+            result("run.identity"),
+            result(
+                "perf.generate", "waived", tier=2, waiver=("clocks are capped until the new PSU", "2026-12-31"),
+                findings=[slow, SHM], output="slow\n",
+            ),
+        ],
+        tiers={"1": True, "2": False},
+    )  # fmt: skip
+
+
 def hostile() -> dict[str, Any]:
     """Return a document that tries to break out of every form."""
     there = finding(HOSTILE, why=HOSTILE, remedy=HOSTILE, mode="F01")
@@ -278,6 +296,7 @@ def hostile() -> dict[str, Any]:
             result("perf.roofline", "skip", title=HOSTILE, skip="no_gpu", detail=HOSTILE),
             result("perf.generate", metrics={HOSTILE: (math.pi, HOSTILE, "")}, evidence={HOSTILE: [HOSTILE]}),
             result("run.import", "error", detail=HOSTILE),
+            result("run.limits", "waived", waiver=(HOSTILE, "9999-12-31"), detail=HOSTILE, findings=[there]),
         ],
         name=HOSTILE,
         facts={**FACTS, "torch": HOSTILE, "packages": {HOSTILE: HOSTILE}},

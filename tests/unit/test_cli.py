@@ -241,6 +241,19 @@ def test_claim_2_9_with_driver_525_on_blackwell() -> None:
     assert "570" in result.stdout
 
 
+def test_waivers_that_are_none_are_2_and_nothing_runs(tmp_path: Path) -> None:
+    path = tmp_path / "waivers.json"
+    arguments = ("validate", "--local", "--only", "run.identity", "--waivers", path, "--report-dir", tmp_path / "r")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert f"the waivers cannot be read\n  where {path}" in result.stderr
+    path.write_text('{"schema": 1, "waivers": [{"check": "run.*", "why": "all", "until": "2026-12-31"}]}', "utf-8")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert 'waivers[0].check: there is no check "run.*"' in result.stderr
+    assert not (tmp_path / "r").exists()
+
+
 def test_what_cannot_be_understood_is_2() -> None:
     result = run("resolve", "--torch", "banana", "--gpu", "toaster")
     assert result.exit_code == 2

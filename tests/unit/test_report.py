@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime as dt
 import json
 import math
 import subprocess
@@ -22,6 +23,7 @@ from tests.support import reports
 from validate import document as documents
 from validate import verdict
 from validate.driver import Driver
+from validate.waivers import Waiver
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "docs" / "report.schema.json"
@@ -34,12 +36,17 @@ def written(results: list[verdict.Result], **more: Any) -> str:
         subject={"kind": "environment", "name": None, "digest": None, "declared": None},
         suite={"version": "1", "digest": "sha256:00"},
         profile={"name": "runtime", "options": {}},
+        waivers=[one.waiver for one in results if one.waiver],
         driver=Driver(),
         started="2026-11-21T13:09:49+00:00",
         duration_s=1.5,
         **{"narrowed": False, "on_skip": "fail", "strict": False, **more},
     )
     return documents.dumps(made)
+
+
+def waiver_of(name: str, until: dt.date = dt.date(2026, 11, 21)) -> Waiver:
+    return Waiver(name, "a reason", until)
 
 
 def every_result() -> list[verdict.Result]:
@@ -50,6 +57,9 @@ def every_result() -> list[verdict.Result]:
         *(
             verdict.Result(f"dev.{reason.value.replace('_', '-')}", "title", 2, verdict.Status.SKIP, skip=reason)
             for reason in verdict.Skip
+        ),
+        verdict.Result(
+            "run.limits", "title", 1, verdict.Status.WAIVED, findings=[found], waiver=waiver_of("run.limits")
         ),
     ]
 
@@ -64,7 +74,8 @@ def test_what_the_suite_writes_is_read_and_written_again_byte_for_byte(*, narrow
     assert report.dumps(read) == text
     assert read.verdict.exit_code == verdict.FAILED
     assert read.results[0].findings[0].blame is Blame.HOST
-    assert len(read.results) == 2 + len(verdict.Skip)
+    assert len(read.results) == 3 + len(verdict.Skip)
+    assert str(read.results[-1].waiver) == "until 2026-11-21: a reason"
 
 
 def test_a_run_of_nothing_is_read() -> None:
@@ -88,6 +99,7 @@ def test_whatever_the_suite_writes_agrees_with_itself(
         verdict.Result(
             f"run.check{number}", "title", tier, status, required=required,
             skip=reason if status is verdict.Status.SKIP else None,
+            waiver=waiver_of(f"run.check{number}") if status is verdict.Status.WAIVED else None,
         )
         for number, (status, required, reason, tier) in enumerate(drawn)
     ]  # fmt: skip
@@ -135,7 +147,9 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 def test_the_schema_admits_what_the_reader_reads(tmp_path: Path) -> None:
-    documents = {make.__name__: make() for make in (reports.good, reports.gpu, reports.bad, reports.hostile)}
+    documents = {
+        make.__name__: make() for make in (reports.good, reports.gpu, reports.bad, reports.waived, reports.hostile)
+    }
     for name, change in DAMAGES.items():
         documents[name] = reports.good()
         change(documents[name])
@@ -250,6 +264,46 @@ def test_a_green_verdict_over_a_required_failure_is_refused() -> None:
     assert reports.read(reports.document([*skipped, reports.result("run.import")], on_skip="pass")).verdict.passed
 
 
+def test_a_green_verdict_that_nothing_proves_is_refused() -> None:
+    waived = [reports.result("run.identity", "waived", waiver=("why", "2026-12-31"))]
+    read = reports.read(reports.document(waived))
+    assert (read.verdict.exit_code, read.meaning) == (4, "not passed: nothing that was required is proven")
+    for results in (waived, [*waived, reports.result("run.import", required=False)]):
+        with pytest.raises(MatrixError, match="not what the results say"):
+            reports.read(reports.document(results, exit_code=0))
+    assert reports.read(reports.document([*waived, reports.result("run.import")])).verdict.passed
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda result, _: result.update(waiver=None), "waived without a waiver"),
+        (lambda result, _: result.update(status="fail"), ""),
+        (lambda _, given: given.clear(), "that nobody gave"),
+        (lambda _, given: given[0].update(why="another"), "that nobody gave"),
+        (lambda _, given: given[0].update(until="2027-12-31"), "that nobody gave"),
+        (lambda _, given: given.append(given[0]), "two waivers"),
+        (lambda result, given: [one.update(until="2026-11-20") for one in (result["waiver"], given[0])], "was over"),
+        (lambda result, given: [one.update(until="tomorrow") for one in (result["waiver"], given[0])], "date"),
+        (lambda result, given: [one.update(why="") for one in (result["waiver"], given[0])], "at least 1"),
+    ],
+)
+def test_a_waiver_that_does_not_hold_is_refused(change: Callable[[Any, Any], object], says: str) -> None:
+    document = reports.waived()
+    change(document["results"][1], document["profile"]["waivers"])
+    with pytest.raises(MatrixError, match="damaged") as refused:
+        reports.read(document)
+    assert any(says in problem.what for problem in refused.value.problems)
+
+
+def test_a_report_from_before_there_were_waivers_is_read() -> None:
+    document = reports.good()
+    del document["profile"]["waivers"], document["verdict"]["counts"]["waived"]
+    for one in document["results"]:
+        del one["waiver"]
+    assert reports.read(document).verdict.passed
+
+
 @given(st.integers(min_value=0, max_value=len(GOOD) - 2))
 def test_no_beginning_of_a_report_is_one(length: int) -> None:
     with pytest.raises(MatrixError):
@@ -355,19 +409,45 @@ def test_numbers_of_different_units_are_not_compared() -> None:
         ("fail", "skip", Judgement.NEITHER),
         ("skip", "fail", Judgement.WORSE),
         ("skip", "pass", Judgement.NEITHER),
+        ("fail", "waived", Judgement.BETTER),
+        ("error", "waived", Judgement.BETTER),
+        ("waived", "pass", Judgement.BETTER),
+        ("waived", "warn", Judgement.BETTER),
+        ("pass", "waived", Judgement.WORSE),
+        ("warn", "waived", Judgement.WORSE),
+        ("waived", "fail", Judgement.WORSE),
+        ("waived", "error", Judgement.WORSE),
+        ("waived", "skip", Judgement.NEITHER),
+        ("skip", "waived", Judgement.NEITHER),
     ],
 )
 def test_statuses_are_judged(before: str, after: str, judgement: Judgement) -> None:
     a, b = (
         reports.read(
-            reports.document([reports.result("run.identity", status, skip="budget" if status == "skip" else None)])
+            reports.document([
+                reports.result(
+                    "run.identity", status, skip="budget" if status == "skip" else None,
+                    waiver=("why", "2026-12-31") if status == "waived" else None,
+                )
+            ])
         )
         for status in (before, after)
-    )
+    )  # fmt: skip
     found = report.diff(a, b)
     (change,) = found.section("statuses")
     assert (change.name, change.before, change.after, change.judgement) == ("run.identity", before, after, judgement)
     assert (change in found.worse) is (judgement is Judgement.WORSE)
+
+
+def test_waivers_are_compared_each_by_itself() -> None:
+    before, after = reports.waived(), reports.waived()
+    for one in (after["results"][1]["waiver"], after["profile"]["waivers"][0]):
+        one["until"] = "2027-06-30"
+    (change,) = report.diff(reports.read(before), reports.read(after)).changes
+    assert str(change) == (
+        "waiver perf.generate: until 2026-12-31: clocks are capped until the new PSU"
+        " → until 2027-06-30: clocks are capped until the new PSU"
+    )
 
 
 def test_findings_come_and_go() -> None:

@@ -17,14 +17,14 @@ from markdown_it import MarkdownIt
 
 from builder import reports as forms
 from builder.errors import DiskError, MatrixError
-from builder.report import Report, plain
+from builder.report import Report, Status, plain
 from builder.reports import page as pages
 from builder.reports import plots
 from builder.reports import summary as summaries
 from builder.reports.figures import figures
 from tests.support import reports
 
-MAKERS = (reports.good, reports.gpu, reports.bad, reports.no_gpu, reports.hostile)
+MAKERS = (reports.good, reports.gpu, reports.bad, reports.no_gpu, reports.waived, reports.hostile)
 EVERY = pytest.mark.parametrize("make", MAKERS, ids=[make.__name__ for make in MAKERS])
 Make = Callable[[], dict[str, Any]]
 
@@ -41,6 +41,7 @@ def filled(text: str) -> Report:
             [
                 reports.result("run.identity", "fail", title=text, detail=text, findings=[there], output=text),
                 reports.result("run.import", "skip", title=text, skip="budget", detail=text),
+                reports.result("run.limits", "waived", waiver=(text or "x", "2026-12-31"), findings=[there]),
                 reports.result("perf.generate", tier=2, metrics={text: (1.5, text, "")}, evidence={text: text}),
             ],
             name=text,
@@ -92,6 +93,22 @@ def test_junit_counts_what_is_in_it() -> None:
     for suite in root:
         assert int(suite.get("tests", "")) == len(suite.findall("testcase"))
         assert suite.get("timestamp") == "2026-11-21T13:09:49"
+
+
+def test_junit_skips_what_is_waived_with_reason_and_date() -> None:
+    root = junit(reports.waived())
+    waived = case(root, "perf.generate")
+    skipped = waived.find("skipped")
+    assert skipped is not None
+    assert skipped.get("message") == "waived until 2026-12-31: clocks are capped until the new PSU"
+    assert "decoding draws 71 % of the bandwidth" in (skipped.text or "")
+    status = waived.find("properties/property[@name='status']")
+    assert status is not None
+    assert status.get("value") == "waived"
+    assert waived.findtext("system-out") == "slow\n"
+    assert {name: root.get(name) for name in ("tests", "failures", "errors", "skipped")} == {
+        "tests": "3", "failures": "0", "errors": "0", "skipped": "1",
+    }  # fmt: skip
 
 
 def test_junit_holds_numbers_as_properties() -> None:
@@ -146,10 +163,12 @@ def test_markdown_stays_short_when_everything_is_wrong() -> None:
         reports.result(f"zz.check{number}", "warn", findings=[reports.finding("odd", status="warn")])
         for number in range(9)
     ]
-    text = forms.markdown(reports.read(reports.document([*many, *warned])))
+    waived = [reports.result(f"zy.check{number}", "waived", waiver=("why", "2026-12-31")) for number in range(9)]
+    text = forms.markdown(reports.read(reports.document([*many, *warned, *waived])))
     assert len(text.splitlines()) <= summaries.MAX_LINES
     assert "and 712 more failures" in text
     assert "and 5 more warnings" in text
+    assert "and 6 more waived checks" in text
     assert len(text) < 60_000
 
 
@@ -164,6 +183,19 @@ def test_markdown_tells_remedies_before_numbers() -> None:
 def test_markdown_names_what_was_required_and_did_not_run() -> None:
     text = forms.markdown(reports.read(reports.no_gpu()))
     assert "**dev.available** did not run: no_gpu: this machine shows no GPU" in text
+
+
+def test_markdown_has_a_line_for_what_is_waived_below_the_warnings() -> None:
+    document = reports.bad()
+    document["results"] += [reports.waived()["results"][1]]
+    document["profile"] |= {"required": sorted(one["id"] for one in document["results"] if one["required"])}
+    document["profile"]["waivers"] = reports.waived()["profile"]["waivers"]
+    document["verdict"]["counts"]["waived"] = 1
+    text = forms.markdown(reports.read(document))
+    line = "- ○ **perf.generate** waived until 2026-12-31: clocks are capped until the new PSU\n"
+    assert text.index("--shm-size=1g") < text.index(line) < text.index("<details>")
+    assert "71 %" not in text, "what it found has been accepted"
+    assert "1 waived" in text
 
 
 PRINTED = "h3 p ul li strong br table thead tbody tr th td details summary sub"
@@ -218,11 +250,15 @@ def test_workflow_commands_are_lines_that_nothing_can_add_to() -> None:
     assert warning.startswith("::warning title=run.limits::/dev/shm holds 64 MiB: data loaders with workers will die. ")
     assert warning.endswith("docker run --shm-size=1g, or --ipc=host")
     lines = forms.workflow_commands(reports.read(reports.hostile())).splitlines()
-    assert len(lines) == 1
+    assert len(lines) == 2
     assert lines[0].startswith("::error title=run.identity::")
+    assert lines[1].startswith("::notice title=run.limits::waived until 9999-12-31: </script>")
     assert "%0A::error" in lines[0]
     assert "%250A" in lines[0]
     assert forms.workflow_commands(reports.read(reports.good())) == ""
+    assert forms.workflow_commands(reports.read(reports.waived())) == (
+        "::notice title=perf.generate::waived until 2026-12-31: clocks are capped until the new PSU\n"
+    )
     assert "title=dev.available::did not run: no_gpu" in forms.workflow_commands(reports.read(reports.no_gpu()))
     assert (
         forms.workflow_commands(reports.read(nothing())) == "::error title=verdict::not run: nothing could be checked\n"
@@ -275,6 +311,14 @@ def test_prometheus_has_verdict_numbers_and_the_time() -> None:
     assert (labels["unit"], labels["better"], value) == ("GB/s", "higher", "4187.3")
     assert found["torchyard_check_status", "run.limits", ""][0]["status"] == "warn"
     assert found["torchyard_info", "", ""][0]["devices"] == "NVIDIA H200"
+
+
+def test_prometheus_tells_what_is_waived() -> None:
+    found = samples(forms.prometheus(reports.read(reports.waived())))
+    statuses = {labels["check"]: labels["status"] for name, labels, _ in found if name == "torchyard_check_status"}
+    assert statuses == {"run.identity": "pass", "perf.generate": "waived"}
+    counts = {labels["status"]: value for name, labels, value in found if name == "torchyard_checks"}
+    assert counts["waived"] == "1"
 
 
 def test_prometheus_spells_what_is_not_finite() -> None:
@@ -360,6 +404,29 @@ def test_a_page_says_what_to_mend_first() -> None:
     text = safe(forms.html(reports.read(reports.bad()))).text
     assert text.index("apt-get install gcc libc6-dev") < text.index("--shm-size=1g") < text.index("Environment")
     assert "dev.available is required and did not run" in safe(forms.html(reports.read(reports.no_gpu()))).text
+
+
+def test_a_page_lists_what_is_waived_with_its_reason_and_not_as_a_failure() -> None:
+    read = safe(forms.html(reports.read(reports.waived())))
+    assert "perf.generate may fail until 2026-12-31" in read.text
+    assert "clocks are capped until the new PSU" in read.text
+    assert "What to mend" not in read.text
+    assert "Warnings" not in read.text
+    assert {"finding waived", "status waived", "bar waived"} <= {
+        attributes.get("class") for _, attributes in read.elements
+    }
+
+
+def test_every_status_has_a_colour_of_its_own() -> None:
+    page = forms.html(reports.read(reports.waived()))
+    themes = re.findall(r":root \{(.*?)\}", page, re.DOTALL)
+    assert len(themes) == 3
+    for theme in themes:
+        colours = dict(re.findall(r"--([a-z]+): (#[0-9a-f]+)", theme))
+        assert len({colours[status] for status in Status}) == len(Status)
+    for status in Status:
+        for rule in (f"i.{status} {{ background", f".plot .{status} {{ fill", f".status.{status} {{ color"):
+            assert f"{rule}: var(--{status})" in page
 
 
 def test_a_page_draws_what_was_measured_and_nothing_else() -> None:

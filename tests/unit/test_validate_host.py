@@ -12,19 +12,20 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from builder import report as reports
 from builder import validate
 from builder.engines import Allowance, End, Ended, Found
 from builder.errors import ImpossibleError, MatrixError
 from builder.validate import FOREIGN_CHECK, FOREIGN_USER, PYTHONS, Asked, Subject
 from validate import __main__ as command_line
-from validate import check
+from validate import check, waivers
 from validate.bundle import MAIN, SHEBANG, bundle
 from validate.verdict import Status
 
@@ -379,6 +380,7 @@ FOREIGN_RESULT = {
     "tier": 1,
     "status": "warn",
     "skip": None,
+    "waiver": None,
     "detail": "",
     "evidence": {"uid": 12345},
     "output": "",
@@ -462,7 +464,42 @@ def test_the_suite_travels_with_the_words_of_the_user() -> None:
     assert watcher.main["deadline_s"] == 77 + validate.GRACE_S
     (subject,) = [json.loads(it.removeprefix("--subject=")) for it in argv if it.startswith("--subject=")]
     assert subject == {"kind": "image", "name": "some/image:tag", "digest": FOUND.digest}
-    assert not [it for it in argv if it.startswith("--image-json")]
+    assert not [it for it in argv if it.startswith(("--image-json", "--waivers"))]
+
+
+WAIVERS = b'{"schema": 1, "waivers": [{"check": "run.user", "why": "nobody is foreign here", "until": "9999-12-31"}]}'
+
+
+def test_waivers_travel_to_the_container_that_gives_the_verdict() -> None:
+    watcher = FakeWatcher(own=GOOD, foreign=([START, json.dumps(FOREIGN_RESULT)], End.ITSELF))
+    watched(watcher, replace(USER, waivers=WAIVERS))
+    foreign, main = watcher.asked[-2:]
+    (path,) = [it.removeprefix("--waivers=") for it in main["argv"] if it.startswith("--waivers=")]
+    assert main["files"][path] == WAIVERS
+    assert not [it for it in foreign["argv"] if it.startswith("--waivers")]
+
+
+def test_waivers_that_are_none_are_refused_with_their_place() -> None:
+    content = WAIVERS.replace(b"9999-12-31", b"soon")
+    with pytest.raises(MatrixError) as caught:
+        watched(FakeWatcher(own=GOOD), replace(IDENTITY, waivers=content))
+    assert caught.value.problems[0].what == '--waivers: waivers[0].until: "soon" is no date like 2026-12-31'
+
+
+def test_a_file_of_waivers_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "waivers.json"
+    for wrong in (path, tmp_path):
+        with pytest.raises(MatrixError, match="cannot be read"):
+            validate.read_waivers(wrong)
+    path.write_bytes(WAIVERS)
+    assert validate.read_waivers(path) == WAIVERS
+    monkeypatch.setattr(validate, "MOST_WAIVERS", len(WAIVERS) - 1)
+    with pytest.raises(MatrixError, match="no file of waivers"):
+        validate.read_waivers(path)
+
+
+def test_both_sides_read_as_much_of_the_waivers() -> None:
+    assert validate.MOST_WAIVERS == waivers.MOST_BYTES
 
 
 def test_a_declaration_is_passed_to_both_containers() -> None:
@@ -484,6 +521,8 @@ def test_a_declaration_is_passed_to_both_containers() -> None:
         Asked(gpus="auto"),
         Asked(on_skip="cry"),
         Asked(only=("dev.*",)),
+        Asked(waivers=b"{}"),
+        Asked(waivers=b'{"schema": 1, "waivers": [{"check": "no.such", "why": "x", "until": "2026-12-31"}]}'),
     ],
 )
 def test_what_the_suite_does_not_know_is_refused_before_any_container(asked: Asked) -> None:
@@ -537,6 +576,18 @@ def test_a_machine_s_own_python_is_asked() -> None:
     assert report["subject"] == {"kind": "machine", "name": sys.executable, "digest": None, "declared": None}
     assert [it["id"] for it in report["results"]] == ["run.identity"]
     assert [it["event"] for it in events] == ["start", "result", "end"]
+
+
+@pytest.mark.parametrize(("until", "status", "code"), [("9999-12-31", "waived", 4), ("2026-01-01", "fail", 1)])
+def test_a_machine_s_failure_is_waived_until_the_day(until: str, status: str, code: int) -> None:
+    """Nothing else is required here, so what is waived leaves nothing that is proven."""
+    text = {"schema": 1, "waivers": [{"check": "run.identity", "why": "it is another one", "until": until}]}
+    asked = replace(IDENTITY, waivers=json.dumps(text).encode(), prelude="import sys; sys.flags = None")
+    report = validate.machine(sys.executable, asked, lambda _: None)
+    (result,) = report["results"]
+    assert (result["status"], report["verdict"]["exit_code"]) == (status, code)
+    assert report["profile"]["waivers"] == text["waivers"]
+    assert reports.loads(json.dumps(report).encode(), where="report.json").result("run.identity")
 
 
 def test_a_python_that_does_not_exist() -> None:

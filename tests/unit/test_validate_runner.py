@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import datetime as dt
 import errno
 import itertools
 import os
@@ -21,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from validate import check, profile, runner
+from validate import check, profile, runner, terminal
 from validate.check import Check, Request
 from validate.driver import Driver
 from validate.verdict import (
@@ -37,7 +38,10 @@ from validate.verdict import (
     Status,
     exit_code,
     proven_tiers,
+    result_of,
+    waived,
 )
+from validate.waivers import Waiver
 
 ROOT = Path(__file__).parents[2]
 
@@ -521,6 +525,78 @@ def test_who_is_not_root_cannot_be_another(root: str, request_: Request, monkeyp
     assert run(root, request_, [one], foreign_user=True)["who"].status is Status.PASS
 
 
+TODAY = dt.date(2026, 11, 21)
+
+
+def waiver_of(name: str, until: dt.date = TODAY) -> dict[str, Waiver]:
+    return {f"tiny.{name}": Waiver(f"tiny.{name}", "known since the last driver", until)}
+
+
+def test_a_failure_is_waived_and_keeps_what_it_found(root: str, request_: Request) -> None:
+    checks = [tiny("fails"), tiny("hang", deadline_s=1), tiny("warns"), tiny("pass"), tiny("skips")]
+    names = [it.id.partition(".")[2] for it in checks]
+    every = {check: waiver for name in names for check, waiver in waiver_of(name).items()}
+    results = run(root, request_, checks, waivers=every, today=TODAY)
+    assert {name: it.status.value for name, it in results.items()} == {
+        "fails": "waived", "hang": "waived", "warns": "warn", "pass": "pass", "skips": "skip",
+    }  # fmt: skip
+    assert [it.what for it in results["fails"].findings] == ["a little wrong", "quite wrong"]
+    assert "in_the_main_thread" in results["hang"].output
+    assert {name for name, it in results.items() if it.waiver} == {"fails", "hang"}
+    assert all(it.required for it in results.values())
+
+
+def test_the_last_day_counts_and_the_next_one_does_not(root: str, request_: Request) -> None:
+    checks = [tiny("stops")]
+    for today, status in ((TODAY - dt.timedelta(1), "waived"), (TODAY, "waived"), (TODAY + dt.timedelta(1), "fail")):
+        result = run(root, request_, checks, waivers=waiver_of("stops"), today=today)["stops"]
+        assert result.status.value == status
+    assert result.waiver is None
+    first, over = result.findings
+    assert (first.what, over.status) == ("wrong", Status.FAIL)
+    assert over.what == "the waiver of tiny.stops is over: it ended with 2026-11-21"
+    assert "known since the last driver" in over.why
+    assert over.remedy
+
+
+def test_a_run_that_does_not_say_its_day_waives_nothing(root: str, request_: Request) -> None:
+    found = run(root, request_, [tiny("stops")], waivers=waiver_of("stops", dt.date.max))
+    assert found["stops"].status is Status.FAIL
+
+
+def test_a_result_from_elsewhere_is_waived_too(root: str, request_: Request) -> None:
+    one = tiny("who", foreign_user=True)
+    elsewhere = {one.id: Result(one.id, one.title, 1, Status.FAIL, findings=[Finding(Status.FAIL, "no name")])}
+    results = run(root, request_, [one], elsewhere=elsewhere, waivers=waiver_of("who"), today=TODAY)
+    assert results["who"].status is Status.WAIVED
+    assert elsewhere[one.id].status is Status.FAIL
+
+
+def test_a_waiver_hides_nothing_that_it_does_not_name(root: str, request_: Request) -> None:
+    checks = [tiny("warns"), tiny("stops"), tiny("pass", needs=("tiny.stops",))]
+    results = run(root, request_, checks, waivers=waiver_of("stops") | waiver_of("pass"), today=TODAY)
+    assert (results["pass"].status, results["pass"].skip) == (Status.SKIP, Skip.DEPENDENCY_FAILED)
+    assert results["pass"].detail == "tiny.stops failed, and is waived"
+    assert exit_code(list(results.values())) == SKIPPED
+
+
+def test_a_waived_result_is_read_as_it_was_written() -> None:
+    one = waived(Result("tiny.stops", "stops", 1, Status.FAIL), waiver_of("stops")["tiny.stops"], TODAY)
+    read = result_of(one.as_json())
+    assert (read.status, read.waiver) == (Status.WAIVED, one.waiver)
+
+
+def test_people_see_what_is_waived_until_when_and_why() -> None:
+    one = waived(Result("tiny.stops", "stops", 1, Status.FAIL, required=True), waiver_of("stops")["tiny.stops"], TODAY)
+    (line,) = terminal.lines(one)
+    assert line.startswith("waived tiny.stops")
+    assert line.endswith("stops: until 2026-11-21: known since the last driver")
+    last = list(terminal.summary([one], on_skip="fail", strict=False, narrowed=False))
+    assert last == ["1 waived", "T1 without a GPU: not proven", "not passed: nothing that was required is proven"]
+    last = list(terminal.summary([one, MISSING], on_skip="fail", strict=False, narrowed=True))
+    assert last[-1] == "not passed: what was required did not run"
+
+
 # --------------------------------------------------------------------------- verdict
 
 
@@ -534,6 +610,8 @@ EXCUSED = result(Status.SKIP, skip=Skip.NOT_DECLARED)
 EXTRA_PASS = result(Status.PASS, required=False)
 EXTRA_FAIL = result(Status.FAIL, required=False, tier=2)
 EXTRA_WARN = result(Status.WARN, required=False)
+WAIVED = result(Status.WAIVED)
+EXTRA_WAIVED = result(Status.WAIVED, required=False, tier=2)
 EXTRA_SKIP = result(Status.SKIP, required=False, skip=Skip.NO_GPU)
 
 
@@ -563,6 +641,18 @@ EXTRA_SKIP = result(Status.SKIP, required=False, skip=Skip.NO_GPU)
         ([PASS, WARN], {"strict": True}, WARNED),
         ([PASS, EXTRA_WARN], {"strict": True}, WARNED),
         ([WARN, FAIL], {"strict": True}, FAILED),
+        ([PASS, WAIVED], {}, PASSED),
+        ([WARN, WAIVED], {}, PASSED),
+        ([PASS, WAIVED], {"strict": True}, PASSED),
+        ([PASS, EXTRA_WAIVED], {}, PASSED),
+        ([WAIVED], {}, SKIPPED),
+        ([WAIVED], {"on_skip": "pass"}, SKIPPED),
+        ([WAIVED, EXTRA_PASS, EXCUSED], {"on_skip": "pass"}, SKIPPED),
+        ([EXTRA_WAIVED], {}, SKIPPED),
+        ([PASS, WAIVED, MISSING], {}, SKIPPED),
+        ([PASS, WAIVED, MISSING], {"on_skip": "warn"}, PASSED),
+        ([PASS, WAIVED, FAIL], {}, FAILED),
+        ([PASS, WAIVED, EXTRA_FAIL], {}, FAILED),
     ],
 )
 def test_exit_codes(results: Sequence[Result], options: dict[str, Any], code: int) -> None:
@@ -597,6 +687,35 @@ def test_nothing_is_green_without_a_required_pass(*, results: list[Result], on_s
     assert code == PASSED or exit_code(results, on_skip="fail", strict=strict) != PASSED
     if code == FAILED:
         assert exit_code([*results, PASS], on_skip=on_skip, strict=strict) == FAILED
+
+
+@given(results=RESULTS, on_skip=st.sampled_from(["fail", "warn", "pass"]), strict=st.booleans())
+def test_what_is_waived_is_as_if_it_had_not_been_asked_for(
+    *, results: list[Result], on_skip: str, strict: bool
+) -> None:
+    rest = [it for it in results if it.status is not Status.WAIVED]
+    code = exit_code(results, on_skip=on_skip, strict=strict)
+    if rest:
+        assert code == exit_code(rest, on_skip=on_skip, strict=strict)
+        tiers = proven_tiers(rest)
+        assert {tier: it for tier, it in proven_tiers(results).items() if tier in tiers} == tiers
+    elif results:
+        assert (code, any(proven_tiers(results).values())) == (SKIPPED, False)
+
+
+@given(results=RESULTS, until=st.dates(), today=st.dates())
+def test_a_waiver_touches_only_what_failed(results: list[Result], until: dt.date, today: dt.date) -> None:
+    waiver = Waiver("a.b", "why", until)
+    for before in results:
+        after = waived(before, waiver, today)
+        if before.status not in (Status.FAIL, Status.ERROR):
+            assert after == before
+        elif until >= today:
+            assert after == replace(before, status=Status.WAIVED, waiver=waiver)
+        else:
+            assert after.status is before.status
+            assert after.findings[: len(before.findings)] == before.findings
+            assert len(after.findings) == len(before.findings) + 1
 
 
 @given(RESULTS)
