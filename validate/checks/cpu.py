@@ -653,7 +653,7 @@ def _compile(caches: str) -> Compiled:
     tier=1,
     needs=("run.import",),
     deadline_s=300,
-    modes=("F48", "F49", "F51", "F52", "F54"),
+    modes=("F48", "F49", "F51", "F52", "F54", "F78"),
 )
 def compiled(probe: Probe) -> None:
     """Look for the tools, then send a feed-forward layer through Inductor's C++."""
