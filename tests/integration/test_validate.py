@@ -402,4 +402,5 @@ def test_a_stale_nccl_over_that_of_torch(real: Real, cuda: str, make: Make, watc
     assert "pip uninstall nvidia-nccl-cu12" in disputed
     everything = "\n".join(told(it) for it in report["results"])
     assert f"NCCL {one.version}" in everything or "undefined symbol: nccl" in everything
-    assert "nvidia-nccl-cu12" in told(result_of(report, "run.declared"))
+    # torch cannot be imported at all there: what follows from that is not told as a fault of its own.
+    assert result_of(report, "run.declared")["skip"] == "dependency_failed"

@@ -205,12 +205,16 @@ def one(root: str, request: Request, name: str, **more: Any) -> Result:
 
 
 def gone(pid: int) -> bool:
-    """Tell whether a process has ended, or only waits to be buried."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text("utf-8")
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return status.rpartition(")")[2].split()[0] in ("Z", "X")
+    """Tell whether a process has ended, or only waits to be buried; the kernel may take a moment to end it."""
+    for _ in range(100):
+        try:
+            status = Path(f"/proc/{pid}/stat").read_text("utf-8")
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if status.rpartition(")")[2].split()[0] in ("Z", "X"):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 # --------------------------------------------------------------------------- one check
