@@ -205,16 +205,17 @@ def one(root: str, request: Request, name: str, **more: Any) -> Result:
 
 
 def gone(pid: int) -> bool:
-    """Tell whether a process has ended, or only waits to be buried; the kernel may take a moment to end it."""
-    for _ in range(100):
-        try:
-            status = Path(f"/proc/{pid}/stat").read_text("utf-8")
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if status.rpartition(")")[2].split()[0] in ("Z", "X"):
-            return True
-        time.sleep(0.1)
-    return False
+    """Tell whether a process has ended, or only waits to be buried."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text("utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return status.rpartition(")")[2].split()[0] in ("Z", "X")
+
+
+def goes(pid: int) -> bool:
+    """Tell whether a process that was killed ends: on a busy machine the kernel takes a moment."""
+    return any(gone(pid) or time.sleep(0.1) for _ in range(100))  # type: ignore[func-returns-value]
 
 
 # --------------------------------------------------------------------------- one check
@@ -271,7 +272,7 @@ def test_a_child_that_holds_the_pipes_is_ended_too(root: str, request_: Request)
     result = one(root, request_, "fork")
     assert result.status is Status.PASS
     assert time.monotonic() - started < 5
-    assert gone(result.evidence["child"])
+    assert goes(result.evidence["child"])
 
 
 def test_a_child_that_got_away_and_prints_is_not_waited_for(
