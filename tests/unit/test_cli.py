@@ -290,7 +290,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "another schema": (lambda root: edit(root / LOCK, "schema = 1", "schema = 99"), "unknown schema version 99"),
     "a base with another package": (lambda root: edit(root / BASE, '"gcc"', '"gcd"'), BASE),
     "no base": (lambda root: (root / BASE).unlink(), "the base bookworm is not locked"),
-    "another package in the matrix": (lambda root: edit(root / "matrix.yaml", "[numpy]", "[numpy<2]"), "is stale"),
+    "another package in the matrix": (
+        lambda root: edit(root / "matrix.yaml", "[numpy, setuptools]", "[numpy<2, setuptools]"),
+        "is stale",
+    ),
     "another date in the matrix": (lambda root: edit(root / "matrix.yaml", "2026-11-15T", "2026-11-14T"), "is stale"),
     "another base package in the matrix": (lambda root: edit(root / "matrix.yaml", "- gcc", "- gdb"), "stale"),
 }
