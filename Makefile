@@ -51,7 +51,8 @@ validate-all: setup ## validate every image in a container, without a GPU; repor
 
 .PHONY: test
 test: setup ## run the tests; those that need an engine are skipped, with the reason, where there is none
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto tests/unit tests/architecture
+	@$(BIN)/python -m pytest -q tests/integration
 
 .PHONY: bench
 bench: setup ## compare with BuildKit on one CUDA cell: half an hour, 60 GB of disk, a Docker engine; writes docs/bench/
@@ -67,7 +68,7 @@ lint: setup ## check style, types, Dockerfiles, shell scripts and workflows
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/hadolint images/*/Dockerfile
-	@$(BIN)/shellcheck .ci/run .ci/engine-up .ci/engine-down
+	@$(BIN)/shellcheck .ci/run .ci/engine-up .ci/engine-down $$(grep -l '^#!/bin/\(ba\)\?sh' images/*/programs/*)
 	@$(BIN)/zizmor --offline --quiet .github/workflows
 	@$(BIN)/check-jsonschema --schemafile docs/matrix.schema.json matrix.yaml >/dev/null
 

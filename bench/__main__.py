@@ -167,7 +167,7 @@ def _require_wheels(course: Course, store: Store) -> None:
                 why="the bench gives every contender one and the same base, made from Debian packages",
             )
         files = [(wheel.sha256, wheel.size) for wheel in plan.lock.wheels]
-        files += [(deb.sha256, deb.size) for deb in plan.base_lock.debs]
+        files += [(deb.sha256, deb.size) for deb in (plan.system_lock or plan.base_lock).debs]
         if any(not store.has(sha256, size=size) for sha256, size in files):
             lost.append(plan.cell.id)
     if lost:
@@ -207,7 +207,11 @@ def _run(options: argparse.Namespace, console: Console) -> Results:
         engine.check()
     _require_room(course, store, engine)
     console.say("making sure of the base")
-    made = {plan.cell.id: bases.make(plan.base_lock, store) for plan in course.plans if plan.base_lock is not None}
+    made = {
+        plan.cell.id: bases.make(plan.base_lock, store, system=plan.system_lock)
+        for plan in course.plans
+        if plan.base_lock is not None
+    }
     results = Results(
         started=dt.datetime.now(tz=dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         cell=course.plan.cell.id,

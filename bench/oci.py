@@ -174,7 +174,7 @@ class Torchyard:
 
     def _fill(self, state: Store, plans: Sequence[Plan]) -> None:
         for plan in plans:
-            base, lock = self.bases[plan.cell.id], plan.base_lock
+            base, lock = self.bases[plan.cell.id], plan.system_lock or plan.base_lock
             assert lock is not None
             blobs = {wheel.sha256 for wheel in plan.lock.wheels} | {deb.sha256 for deb in lock.debs}
             if not (state.root / "layouts" / base.layout.name).exists():

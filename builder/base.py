@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import itertools
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from builder import debian, layout, tar
 from builder.baselock import RELOCK, SCHEMA, BaseLock, dumps, loads
 from builder.bootstrap import PATH, bootstrap, require_locked
 from builder.debian import Deb
-from builder.errors import HashMismatchError, LockError, SourceError
-from builder.layout import Descriptor
+from builder.difference import difference
+from builder.errors import HashMismatchError, LockError, SourceError, ToolError
+from builder.layout import Descriptor, Layer
 from builder.rootfs import GID, UID, USER, canonical
 from builder.store import Store
 
@@ -43,30 +46,58 @@ __all__ = [
 RECIPE = 1
 
 ENV = (f"PATH={PATH}", "LANG=C.UTF-8")
+CONFIG = {"Env": list(ENV), "Cmd": ["/bin/bash"]}
 
 Progress = Callable[[str, int, int], None]
 """Called with what was just done, how much is done and how much there is (`fetch`: bytes, `make`: steps)."""
 
 
-def lock(*, suite: str, architecture: str, packages: Iterable[str], previous: BaseLock | None = None) -> BaseLock:
+def lock(
+    *,
+    suite: str,
+    architecture: str,
+    packages: Iterable[str],
+    systems: Iterable[Iterable[str]] = (),
+    previous: Iterable[BaseLock] = (),
+    keep: BaseLock | None = None,
+) -> tuple[BaseLock, ...]:
     """Resolve what a minimal Debian with apt and `packages` consists of now, with updates and security fixes.
 
-    Nothing is downloaded but the signed package lists. Where the packages come out as in `previous`, that
-    lock is returned as it was: mirrors are re-signed several times a day, and a new date alone is no reason
-    for a new image. Raises SourceError if no mirror serves the suite, ToolError if apt cannot resolve it.
+    The first lock is that base's. One follows for each of `systems`: the packages of the base in the very same
+    versions, and what the names of the system bring besides. With `keep`, a lock of the base, that one stays, and
+    those of `previous` that go with it, if the mirror still has all that the new ones need; if not, all are made anew.
+
+    Nothing is downloaded but the signed package lists, once for all. Where the packages come out as in one of
+    `previous`, that lock is returned as it was: mirrors are re-signed several times a day, and a new date alone is no
+    reason for a new image. Raises SourceError if no mirror serves the suite, ToolError if apt cannot resolve it.
     """
     asked = tuple(sorted(set(packages)))
-    names = ((name, debian.NAME, "package name") for name in asked)
-    for value, pattern, what in ((suite, debian.SUITE, "suite"), *names):
+    extended = [tuple(sorted({*asked, *system})) for system in systems]
+    every = ((name, debian.NAME, "package name") for name in sorted({*asked, *itertools.chain(*extended)}))
+    for value, pattern, what in ((suite, debian.SUITE, "suite"), *every):
         if not pattern.fullmatch(value):
             raise LockError(f"not a {what}: {value!r}", tries=("correct it in matrix.yaml",))
     if architecture not in debian.ARCHITECTURES:
         raise LockError(f"no base for {architecture!r}", tries=(f"one of: {', '.join(debian.ARCHITECTURES)}",))
-    now = debian.resolve(suite=suite, architecture=architecture, packages=asked)
-    made = BaseLock(suite=suite, architecture=architecture, packages=asked, epoch=now.epoch, debs=now.debs)
-    if previous is not None and replace(previous, epoch=made.epoch) == made:
-        return previous
-    return made
+    earlier = tuple(previous)
+
+    def locked(packages: tuple[str, ...], now: debian.Resolution) -> BaseLock:
+        made = BaseLock(suite=suite, architecture=architecture, packages=packages, epoch=now.epoch, debs=now.debs)
+        return next((one for one in earlier if replace(one, epoch=made.epoch) == made), made)
+
+    def on(base: BaseLock, settled: Mapping[tuple[str, ...], BaseLock]) -> tuple[BaseLock, ...]:
+        made = dict(settled)
+        for names in extended:
+            if names not in made:
+                made[names] = locked(names, archive.extend(base.debs, names))
+        return (base, *(made[names] for names in extended))
+
+    with debian.archive(suite=suite, architecture=architecture) as archive:
+        if keep is not None:
+            # apt has many words for a package that it has no longer; whatever else it complains of, it does again.
+            with contextlib.suppress(ToolError):
+                return on(keep, {one.packages: one for one in earlier if not one.lacking(keep)})
+        return on(locked(asked, archive.resolve(asked)), {})
 
 
 def fetch(lock: BaseLock, store: Store, progress: Progress | None = None) -> None:
@@ -105,7 +136,10 @@ def fetch(lock: BaseLock, store: Store, progress: Progress | None = None) -> Non
 
 @dataclass(frozen=True, kw_only=True)
 class BaseImage:
-    """A base as an OCI layout: `digest` names its manifest, `epoch` dates its files."""
+    """A base as an OCI layout: `digest` names its manifest, `epoch` dates its files.
+
+    Its layers are `layer` and, if there are system packages on top of it, `system`.
+    """
 
     layout: Path
     digest: str
@@ -114,39 +148,74 @@ class BaseImage:
     diff_id: str
     architecture: str
     epoch: int
+    system: Layer | None = None
     env: tuple[str, ...] = ENV
     user: str = USER
     uid: int = UID
     gid: int = GID
 
 
-def make(lock: BaseLock, store: Store, progress: Progress | None = None) -> BaseImage:
+def make(lock: BaseLock, store: Store, progress: Progress | None = None, system: BaseLock | None = None) -> BaseImage:
     """Make the base of `lock` from packages in the store, without network; a second call returns the first's.
 
-    Raises ToolError if mmdebstrap is missing or fails, or if this machine cannot run the architecture's
-    programs; SourceError if packages were not fetched.
+    With `system`, a lock of the same packages and more, what the further ones change is a layer of its own on top of
+    the base's. Raises LockError if they are not the same; ToolError if mmdebstrap is missing or fails, or if this
+    machine cannot run the architecture's programs; SourceError if packages were not fetched; HashMismatchError if the
+    base's layer was damaged in the store, which a second call makes anew.
     """
-    key = hashlib.sha256(layout.canonical_json({"lock": lock.digest, "recipe": RECIPE})).hexdigest()
-    directory = store.root / "layouts" / f"base-{lock.name}-{key[:16]}"
-    image = _kept(directory, store)
-    if image is None:
-        name = f"base-{key[:16]}"
-        with _outlived(store, f"bootstrap-{name}") as descriptor, store.scratch(name) as scratch:
-            # Whoever held the lock before may have made it.
-            image = _kept(directory, store)
-            if image is None:
-                image = _make(lock, store, scratch, progress or (lambda *_: None), descriptor=descriptor)
-                layout.write(directory, store, image, tag=lock.name)
-    (layer,) = image.layers
+    report = progress or (lambda *_: None)
+    if system is not None and (lacking := system.lacking(lock)):
+        raise LockError(
+            f"the system packages are not locked on top of this base: {', '.join(lacking[:5])}",
+            where=f"base {lock.name}",
+            why="their lock lacks packages of the base's, or has them in other versions",
+            tries=(f"lock both together: {RELOCK}",),
+        )
+    if system is None:
+        directory, image = _bottom(lock, store, report)
+    else:
+        key = {"lock": lock.digest, "system": system.digest, "recipe": RECIPE}
+        directory, image = _once(
+            key, lock, store, lambda scratch, held: _extend(lock, system, store, scratch, report, descriptor=held)
+        )
+    bottom, *top = image.layers
     return BaseImage(
         layout=directory,
         digest=image.manifest.digest,
         config_digest=image.config.digest,
-        layer=layer.blob,
-        diff_id=layer.diff_id,
+        layer=bottom.blob,
+        diff_id=bottom.diff_id,
         architecture=lock.architecture,
         epoch=lock.epoch,
+        system=top[0] if top else None,
     )
+
+
+def _bottom(lock: BaseLock, store: Store, progress: Progress) -> tuple[Path, layout.Image]:
+    """Return the layout of the base alone, and its image."""
+    key = {"lock": lock.digest, "recipe": RECIPE}
+    return _once(key, lock, store, lambda scratch, held: _make(lock, store, scratch, progress, descriptor=held))
+
+
+def _once(
+    key: Mapping[str, object], lock: BaseLock, store: Store, make: Callable[[Path, int], layout.Image]
+) -> tuple[Path, layout.Image]:
+    """Return the layout that `key` stands for and its image, made now unless it was before.
+
+    `make` is given a directory to work in and a descriptor for its programs to hold.
+    """
+    digest = hashlib.sha256(layout.canonical_json(key)).hexdigest()[:16]
+    directory = store.root / "layouts" / f"base-{lock.name}-{digest}"
+    image = _kept(directory, store)
+    if image is None:
+        name = f"base-{digest}"
+        with _outlived(store, f"bootstrap-{name}") as descriptor, store.scratch(name) as scratch:
+            # Whoever held the lock before may have made it.
+            image = _kept(directory, store)
+            if image is None:
+                image = make(scratch, descriptor)
+                layout.write(directory, store, image, tag=lock.name)
+    return directory, image
 
 
 def _kept(directory: Path, store: Store) -> layout.Image | None:
@@ -155,16 +224,23 @@ def _kept(directory: Path, store: Store) -> layout.Image | None:
     A blob that the store lacks may have been removed there because it was damaged, and the layout's is the same file.
     """
     image = layout.read(directory)
-    missing = [blob for blob in image.blobs if not store.has(blob.sha256, size=blob.size)] if image else []
-    if image is not None and missing:
+    if image is None:
+        return None
+    missing = [blob for blob in image.blobs if not store.has(blob.sha256, size=blob.size)]
+    if missing:
         try:
             layout.verify(directory, image)
         except HashMismatchError:
             shutil.rmtree(directory)
             return None
-        for blob in missing:
+    for blob in image.blobs:
+        path = directory / "blobs" / "sha256" / blob.sha256
+        if blob in missing:
             with contextlib.suppress(FileExistsError):  # another process was faster
-                store.path(blob.sha256).hardlink_to(directory / "blobs" / "sha256" / blob.sha256)
+                store.path(blob.sha256).hardlink_to(path)
+        else:
+            # Layouts share the base's layer: made anew for one after it was damaged, it is the old file in the others.
+            layout.link(store.path(blob.sha256), path)
     return image
 
 
@@ -196,10 +272,73 @@ def _make(lock: BaseLock, store: Store, scratch: Path, progress: Progress, *, de
     image = layout.assemble(
         store,
         architecture=lock.architecture,
-        config={"Env": list(ENV), "Cmd": ["/bin/bash"]},
+        config=CONFIG,
         epoch=lock.epoch,
         layers=(layer,),
-        history=(layout.History(created_by=f"torchyard base, recipe {RECIPE}, lock sha256:{lock.digest}"),),
+        history=(_history(lock),),
     )
     tell("image")
     return image
+
+
+def _history(lock: BaseLock) -> layout.History:
+    return layout.History(created_by=f"torchyard base, recipe {RECIPE}, lock sha256:{lock.digest}")
+
+
+def _extend(
+    lock: BaseLock, system: BaseLock, store: Store, scratch: Path, progress: Progress, *, descriptor: int
+) -> layout.Image:
+    """Make a second file system, of the packages of `system`, and lay what it has more on the base of `lock`."""
+    _, below = _bottom(lock, store, progress)
+    steps = itertools.count(1)
+    names = ", ".join(sorted({*system.packages} - {*lock.packages}))
+
+    def tell(step: str) -> None:
+        progress(f"{names}: {step}", next(steps), 5)
+
+    # Dated like the base: whatever a package writes the date into is then the same in both.
+    raw = bootstrap(replace(system, epoch=lock.epoch), store, scratch, inherit=(descriptor,), tell=tell)
+    base = scratch / "base.tar"
+    _unpack(below.layers[0], store, base)
+    with raw.open("rb") as upper, base.open("rb") as lower:
+        found = tar.read(upper)
+        require_locked(system, found)
+        entries = difference(
+            tar.read(lower).values(), canonical(found, suite=lock.suite, epoch=lock.epoch), epoch=system.epoch
+        )
+        tell("difference")
+        layer = layout.gzip_layer(store, tar.stream(entries), scratch=scratch)
+    tell("layer")
+    image = layout.assemble(
+        store,
+        architecture=lock.architecture,
+        config=CONFIG,
+        epoch=max(lock.epoch, system.epoch),
+        layers=(*below.layers, layer),
+        history=(
+            _history(lock),
+            layout.History(created_by=f"torchyard system packages: {names}, lock sha256:{system.digest}"),
+        ),
+    )
+    tell("image")
+    return image
+
+
+def _unpack(layer: Layer, store: Store, path: Path) -> None:
+    """Write the tar inside a layer of ours to `path`; raises HashMismatchError if it was damaged in the store."""
+    got = hashlib.sha256()
+    try:
+        with gzip.open(store.path(layer.blob.sha256)) as packed, path.open("wb") as file:
+            while piece := packed.read(1 << 20):
+                got.update(piece)
+                file.write(piece)
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        got = hashlib.sha256()
+    if f"sha256:{got.hexdigest()}" != layer.diff_id:
+        store.verify(layer.blob.sha256)
+        raise HashMismatchError(
+            "the layer of the base was damaged in the store",
+            where=str(store.path(layer.blob.sha256)),
+            why="what it holds is not what its digest promises",
+            tries=("run it again: it was removed, and is made anew",),
+        )

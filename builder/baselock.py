@@ -48,6 +48,10 @@ class BaseLock:
         """SHA-256 (hex) of the lock's content, whatever its spelling."""
         return hashlib.sha256(canonical_json({"schema": SCHEMA, **_content(self)})).hexdigest()
 
+    def lacking(self, base: BaseLock) -> tuple[str, ...]:
+        """Return the names of the packages of `base` that this lock has not, or not in the same version."""
+        return tuple(sorted(deb.name for deb in set(base.debs) - set(self.debs)))
+
     @property
     def size(self) -> int:
         """Bytes of all packages together."""

@@ -8,17 +8,18 @@ where it also runs them (`EngineSession`) proves all of it there.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from builder import base as bases
-from builder import export, proof
+from builder import export, layout, proof
 from builder.base import BaseImage
 from builder.engines import Builder, BuiltImage, Engine, Host, Steps
 from builder.errors import (
@@ -94,7 +95,7 @@ def fetch(plans: Iterable[Plan], index: Index, store: Store, report: Reporter) -
     """Bring every locked file of the plans into the store."""
     plans = tuple(plans)
     wheels = {wheel.sha256: wheel.wanted(plan.cell) for plan in plans for wheel in plan.lock.wheels}
-    locks = {plan.base_lock.digest: plan.base_lock for plan in plans if plan.base_lock is not None}
+    locks = {lock.digest: lock for plan in plans for lock in (plan.base_lock, plan.system_lock) if lock is not None}
     missing = [file for file in wheels.values() if not store.has(file.sha256, size=file.size)]
     if missing:
         size = sum(file.size or 0 for file in missing)
@@ -112,7 +113,9 @@ def base_of(plan: Plan, store: Store, report: Reporter) -> BaseImage | None:
     if plan.base_lock is None:
         return None
     with report.steps(f"base {plan.base_lock.suite}") as steps:
-        return bases.make(plan.base_lock, store, lambda what, _done, _total: steps.step(f"base: {what}"))
+        return bases.make(
+            plan.base_lock, store, lambda what, _done, _total: steps.step(f"base: {what}"), plan.system_lock
+        )
 
 
 def _one_file(progress: Progress) -> bases.Progress:
@@ -130,7 +133,7 @@ def _one_file(progress: Progress) -> bases.Progress:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _require(directory: Path, size: float, purpose: str) -> None:
@@ -193,20 +196,40 @@ class Session:
             "proof": list(image.proof),
             "facts": image.facts,
         }
-        write_atomically(self._record_path(plan), json.dumps(content).encode())
-
-    def _record_path(self, plan: Plan) -> Path:
-        return self._store.root / "proofs" / self._builder.name / f"{plan.digest}.json"
+        write_atomically(_record_path(self._store, self._builder.name, plan), json.dumps(content).encode())
 
     def _proven_before(self, plan: Plan) -> Image | None:
         """Return the image that an earlier run proved for the very same plan, wherever it may be now."""
-        try:
-            record = json.loads(self._record_path(plan).read_bytes())
-            built = BuiltImage(digest=str(record["digest"]), size_bytes=int(record["size_bytes"]))
-            proof, facts = tuple(map(str, record["proof"])), dict(record["facts"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        record = _recorded(self._store, self._builder.name, plan)
+        if record is None:
             return None
+        built, proof, facts = record
         return replace(self._image(plan, built, proof, facts, time.monotonic()), reused=True, in_engine=False)
+
+
+def _record_path(store: Store, builder: str, plan: Plan) -> Path:
+    return store.root / "proofs" / builder / f"{plan.digest}.json"
+
+
+def _recorded(store: Store, builder: str, plan: Plan) -> tuple[BuiltImage, tuple[str, ...], Mapping[str, Any]] | None:
+    """Return what an earlier run made from the very same inputs, how it was proven, and its facts."""
+    try:
+        record = json.loads(_record_path(store, builder, plan).read_bytes())
+        built = BuiltImage(digest=str(record["digest"]), size_bytes=int(record["size_bytes"]))
+        return built, tuple(map(str, record["proof"])), dict(record["facts"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def complete(plan: Plan, store: Store, *, builder: str) -> layout.Image | None:
+    """Return the plan's image if an earlier run made it in the store, proved it, and all its bytes are still there."""
+    record = _recorded(store, builder, plan)
+    if record is None:
+        return None
+    try:
+        return export.stored_image(store, record[0].digest)
+    except (ImpossibleError, SourceError, HashMismatchError):
+        return None  # somebody cleared a part of the store
 
 
 class _Room:
@@ -266,13 +289,7 @@ class StoreSession(Session):
         return image
 
     def _complete_before(self, plan: Plan) -> Image | None:
-        image = self._proven_before(plan)
-        if image is not None:
-            try:
-                export.stored_image(self._store, image.digest)
-            except (ImpossibleError, SourceError, HashMismatchError):
-                return None  # somebody cleared a part of the store: it is made again
-        return image
+        return self._proven_before(plan) if complete(plan, self._store, builder=self._builder.name) else None
 
     def _made(self, plan: Plan, started: float) -> Image:
         fetch([plan], self._index, self._store, self._report)
@@ -299,15 +316,11 @@ class StoreSession(Session):
     def _loaded(self, plan: Plan, image: Image, host: Host, room: _Room, started: float) -> Image:
         """Load the image under a name that says it is unproven, prove it in a container, and only then tag it."""
         if not (CONTAINER in image.proof and host.holds(image.digest)):
-            room.make(LOADED * image.size_bytes + MARGIN_BYTES, f"load {plan.cell.id}")
             stored, name = export.stored_image(self._store, image.digest), host.unproven_name(plan.cell.id)
+            new = _unshared(stored, _layers_in(host, self._store))
+            room.make(LOADED * sum(layer.blob.size for layer in new) + MARGIN_BYTES, f"load {plan.cell.id}")
             with self._report.steps(plan.cell.id) as steps:
-                steps.step(f"load into the engine ({_gb(image.size_bytes)})")
-                host.load(_told(export.archive(self._store, stored, tags=[name]), image.size_bytes, steps))
-                if not host.holds(image.digest):
-                    # Seen once beside other builds: the engine dropped layers while they came. Sent again, they stay.
-                    steps.step("load once more: the engine lost layers")
-                    host.load(_told(export.archive(self._store, stored, tags=[name]), image.size_bytes, steps))
+                self._send(stored, name, host, steps)
                 try:
                     _require_whole(host, image)
                     steps.step("prove in a container: observed = declared")
@@ -324,6 +337,42 @@ class StoreSession(Session):
         room.hold(image)
         return image
 
+    def _send(self, image: layout.Image, name: str, host: Host, steps: Steps) -> None:
+        """Load an image into the engine; layers that it has already are left out, unless it does not do without."""
+
+        def send(omit: Collection[str]) -> None:
+            size = export.archive_size(self._store, image, tags=[name], omit=omit)
+            there = f"; {len(omit)} of {len(layers)} layers are there already" if omit else ""
+            steps.step(f"load into the engine ({_gb(size)}{there})")
+            host.load(_told(export.archive(self._store, image, tags=[name], omit=omit), size, steps))
+
+        layers = {layer.blob.digest for layer in image.layers}
+        held = layers.intersection(itertools.chain.from_iterable(_layers_in(host, self._store)))
+        try:
+            send(held)
+        except EngineError:
+            if not held:
+                raise
+        if not host.holds(image.manifest.digest):
+            # The engine may have dropped what it does not need unpacked any more; and it was seen to drop layers while
+            # they came, once, beside other builds. Sent again, they stay.
+            steps.step("load once more: the engine lacks layers")
+            send(frozenset())
+
+
+def _layers_in(host: Host, store: Store) -> list[tuple[str, ...]]:
+    """Return the digests of the layers of each image that the engine has whole, as far as it was made in this store."""
+    return [export.layers_of(store, digest) for digest in host.whole()]
+
+
+def _unshared(image: layout.Image, others: Iterable[Sequence[str]]) -> tuple[layout.Layer, ...]:
+    """Return the layers that an engine has to unpack: it shares what two images have in common from the bottom up."""
+    shared = 0
+    for other in others:
+        pairs = zip((layer.blob.digest for layer in image.layers), other, strict=False)
+        shared = max(shared, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return image.layers[shared:]
+
 
 def _told(archive: Iterator[bytes], size: int, steps: Steps) -> Iterator[bytes]:
     """Pass an archive of about `size` bytes on, and report every fifth of it and its end."""
@@ -333,7 +382,7 @@ def _told(archive: Iterator[bytes], size: int, steps: Steps) -> Iterator[bytes]:
         sent += len(piece)
         if sent * 5 // size > fifths:
             fifths = sent * 5 // size
-            steps.step(f"sent {min(sent, size) / 1e9:.1f} of {_gb(size)}")
+            steps.step(f"sent {_gb(min(sent, size))} of {_gb(size)}")
     steps.step("unpack")
 
 

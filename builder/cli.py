@@ -10,8 +10,10 @@ import datetime as dt
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -25,13 +27,15 @@ from builder import base as bases
 from builder import build as builds
 from builder import export as exports
 from builder import lock as locks
+from builder import size as sizes
 from builder.build import EngineSession, Outcome, Session, StoreSession, build_all
 from builder.console import Console
 from builder.engines.oci import OciEngine
+from builder.engines.oci.inventory import inventory
 from builder.errors import CellFailedError, ImpossibleError, LockError, MatrixError, Problem, ToolError, TorchyardError
 from builder.index import Index
 from builder.matrix import Cell
-from builder.project import Project, architecture
+from builder.project import Project, architecture, system_packages
 from builder.render import Plan
 from builder.schema import BootstrapBase, json_schema
 from builder.store import Store
@@ -129,6 +133,7 @@ def _cell_document(cell: Cell) -> dict[str, Any]:
         "python": cell.python,
         "base": cell.base_name,
         "variant": cell.variant_name,
+        "companions": list(cell.companions),
         "platform": cell.platform,
         "tags": list(cell.tags),
     }
@@ -203,29 +208,51 @@ def _answer_document(answer: compat.Answer) -> dict[str, Any]:
 # --------------------------------------------------------------------------- lock
 
 
-def _lock_bases(context: Context, cells: Sequence[Cell], *, again: bool) -> list[Path]:
-    """Lock the bases of the cells where they are missing or stale, or all `again`; returns what was written."""
-    project, written = context.project, []
-    seen: set[Path] = set()
-    for cell in cells:
-        path = project.base_lock_path(cell)
-        if not isinstance(cell.base, BootstrapBase) or path in seen:
-            continue
-        seen.add(path)
-        previous = None
-        try:
-            previous = project.base_lock(cell)
-            if not again:
-                continue
-        except LockError:
-            pass
-        context.console.say(f"base {cell.base_name}: asking Debian's archive")
-        lock = bases.lock(
-            suite=cell.base.suite, architecture=architecture(cell), packages=cell.base.packages, previous=previous
-        )
-        project.write_base_lock(cell, lock)
-        written.append(path)
-    return written
+def _base_locks(context: Context, cells: Sequence[Cell], *, again: bool) -> dict[Path, bases.BaseLock]:
+    """Lock the bases of the cells where a lock is missing or stale, or all `again`; returns them by their paths.
+
+    A base is locked for all cells of the matrix that stand on it: what their variants add goes with its very packages.
+    """
+    families: dict[Path, list[Cell]] = {}
+    for cell in context.project.cells:
+        if isinstance(cell.base, BootstrapBase):
+            families.setdefault(context.project.base_lock_path(cell), []).append(cell)
+    chosen = {context.project.base_lock_path(cell) for cell in cells}
+    made: dict[Path, bases.BaseLock] = {}
+    for path, family in families.items():
+        if path in chosen:
+            made |= _family_locks(context, family, again=again)
+    return made
+
+
+def _family_locks(context: Context, cells: Sequence[Cell], *, again: bool) -> dict[Path, bases.BaseLock]:
+    """Lock the base that all of the cells stand on, and with it what their variants add, if need be or `again`."""
+    project, first = context.project, cells[0]
+    assert isinstance(first.base, BootstrapBase)
+    extended = {project.system_lock_path(cell): cell for cell in cells if system_packages(cell)}
+    base, systems = _found(project.base_lock, first), [_found(project.system_lock, cell) for cell in extended.values()]
+    if not again and base is not None and None not in systems:
+        return {}
+    context.console.say(f"base {first.base_name}: asking Debian's archive")
+    lock, *others = bases.lock(
+        suite=first.base.suite,
+        architecture=architecture(first),
+        packages=first.base.packages,
+        systems=[system_packages(cell) for cell in extended.values()],
+        previous=[one for one in (base, *systems) if one is not None],
+        keep=None if again else base,
+    )
+    if base is not None and lock != base:
+        context.console.say(f"base {first.base_name}: the archive has other packages now, it is locked anew")
+    return {project.base_lock_path(first): lock, **dict(zip(extended, others, strict=True))}
+
+
+def _found(read: Callable[[Cell], bases.BaseLock | None], cell: Cell) -> bases.BaseLock | None:
+    """Return a lock of the cell if it is whole and fresh."""
+    try:
+        return read(cell)
+    except LockError:
+        return None
 
 
 @cli.command("lock")
@@ -240,7 +267,7 @@ def lock_command(context: Context, patterns: Sequence[str], *, check: bool, agai
     if check:
         problems: list[Problem] = []
         for cell in cells:
-            for read in (project.lock, project.base_lock):
+            for read in (project.lock, project.base_lock, project.system_lock):
                 try:
                     read(cell)
                 except LockError as error:
@@ -268,7 +295,8 @@ def lock_command(context: Context, patterns: Sequence[str], *, check: bool, agai
             pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for what has not begun
     if failed:
         raise type(failed[0])(problems=tuple(problem for error in failed for problem in error.problems))
-    _lock_bases(context, cells, again=again)
+    for path, base_lock in _base_locks(context, cells, again=again).items():
+        project.write_base_lock(path, base_lock)
     for cell, lock in found:
         project.write_lock(cell, lock)
     console.result(
@@ -524,6 +552,37 @@ def _refuse_stdout(plans: Sequence[Plan], form: str, *, as_json: bool) -> None:
         raise MatrixError("an archive is nothing for a terminal", tries=("torchyard export CELL -o - | docker load",))
 
 
+# --------------------------------------------------------------------------- licences
+
+
+@cli.command("licences")
+@patterns
+@_options
+def licences_command(context: Context, patterns: Sequence[str]) -> None:
+    """List the licence of every package in an image, as its own metadata says, and where its text lies."""
+    from builder import licences  # noqa: PLC0415 (only here)
+
+    store, console, found, without = Store.open(), context.console, [], []
+    for plan in context.project.plans(context.project.select(patterns)):
+        if licences.missing(plan, store):
+            without.append(plan.cell.id)
+        else:
+            found.append(licences.cell_of(plan, store))
+    if without and (patterns or not found):
+        raise ImpossibleError(
+            f"{len(without)} cells lack wheels in the store: {', '.join(without[:3])}",
+            where=str(store.root),
+            why="what a package says of its licence stands in its wheel",
+            tries=(f"torchyard fetch {without[0]}",),
+        )
+    if without:
+        console.say(f"{len(without)} cells are left out, their wheels are not in the store: {', '.join(without)}")
+    for cell in found:
+        console.write(licences.summary(cell))
+        console.table(("package", "version", "licence", "text"), licences.rows(cell))
+    console.result([cell.as_json() for cell in found])
+
+
 # --------------------------------------------------------------------------- validate
 
 
@@ -549,7 +608,8 @@ class _Target:
     """One thing to validate: its name, and how."""
 
     name: str
-    run: Callable[[validation.OnEvent], dict[str, Any]]
+    run: Callable[[validation.OnEvent], tuple[str | None, dict[str, Any]]]
+    """Returns the digest of the cell's image, None for what is no cell, and what the suite reported."""
 
 
 def _targets(
@@ -563,18 +623,18 @@ def _targets(
     engine = DockerEngine()
     engine.check()
 
-    def cell(plan: Plan, session: Session, on_event: validation.OnEvent) -> dict[str, Any]:
+    def cell(plan: Plan, session: Session, on_event: validation.OnEvent) -> tuple[str | None, dict[str, Any]]:
         digest = session.build(plan).digest
         # It is held to what the matrix declares, and not to what it says of itself.
         subject = validation.Subject(
             kind="image", name=plan.cell.tags[0], digest=digest, declared=plan.files["image.json"]
         )
-        return validation.image(subject, engine.find(digest), what, engine, on_event)
+        return digest, validation.image(subject, engine.find(digest), what, engine, on_event)
 
-    def reference(name: str, on_event: validation.OnEvent) -> dict[str, Any]:
+    def reference(name: str, on_event: validation.OnEvent) -> tuple[str | None, dict[str, Any]]:
         found = engine.find(name)
         subject = validation.Subject(kind="image", name=name, digest=found.digest)
-        return validation.image(subject, found, what, engine, on_event)
+        return None, validation.image(subject, found, what, engine, on_event)
 
     if cells:
         session = _session(context, engine="oci", load=True, keep=keep or len(cells) == 1)
@@ -653,7 +713,7 @@ def validate_command(
         waivers=None if waivers is None else validation.read_waivers(waivers),
         **asked,
     )
-    targets: Iterable[_Target] = [_Target("machine", functools.partial(validation.machine, python, what))]
+    targets: Iterable[_Target] = [_Target("machine", lambda show: (None, validation.machine(python, what, show)))]
     if not local:
         targets = _targets(context, subjects, what, everything=everything, keep=keep)
     done: dict[str, reports.Report] = {}
@@ -669,8 +729,11 @@ def validate_command(
         console.say(f"validate {target.name}")
         directory = report_dir / reports.directory_name(target.name)
         try:
-            report = _report(target.name, target.run(show))
+            digest, document = target.run(show)
+            report = _report(target.name, document)
             reports.write_all(report, directory)
+            if digest is not None:
+                _keep_verdict(digest, report, what, console)
         except TorchyardError as error:
             failures.append(error)
             console.error(error)
@@ -684,6 +747,17 @@ def validate_command(
     if failures:
         sys.exit(failures[0].exit_code if not done and len(failures) == 1 else ImpossibleError.exit_code)
     sys.exit(validation.exit_code([report.verdict.exit_code for report in done.values()]))
+
+
+def _keep_verdict(digest: str, report: reports.Report, what: validation.Asked, console: Console) -> None:
+    """Keep what a run found of a cell's image, for `push` to ask."""
+    from builder import gate  # noqa: PLC0415 (slow, see above)
+
+    if what.options:
+        console.say("no verdict is kept: the numbers of the profile were changed")
+    elif tiers := gate.keep(Store.open(), digest, report):
+        kind = "passing" if report.verdict.passed else "failing"
+        console.say(f"{kind} verdict on {', '.join(f'T{tier}' for tier in tiers)} kept for {digest}")
 
 
 @cli.command("explain")
@@ -741,6 +815,108 @@ def report_schema_command(context: Context) -> None:  # noqa: ARG001 (it is JSON
     from builder import reports  # noqa: PLC0415 (slow, see above)
 
     click.echo(json.dumps(reports.json_schema(), indent=2))
+
+
+# --------------------------------------------------------------------------- push
+
+
+@cli.command("push")
+@patterns
+@everything_option
+@click.option("--to", "destination", required=True, metavar="REGISTRY/REPOSITORY", help="Where the images go.")
+@click.option("--unproven", is_flag=True,
+              help="Push also what has no passing verdict, marked as unproven in its labels and tags.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Ask the registry what it has, and send nothing.")
+@_options
+def push_command(
+    context: Context, patterns: Sequence[str], *, everything: bool, destination: str, unproven: bool, dry_run: bool
+) -> None:
+    """Publish images that have a passing verdict, and set their tags last; what is not built yet is built before."""
+    from builder import push as pushes  # noqa: PLC0415 (slow, see above)
+
+    console = context.console
+    plans = _plans(context, patterns, everything=everything, verb="push")
+    session, store = _session(context, engine="oci", load=False), Store.open()
+    failures, documents, rows = [], [], []
+    with pushes.opened(destination) as target:
+        for plan in plans:
+            started = time.monotonic()
+            try:
+                digest = session.build(plan).digest
+                found = pushes.candidate(store, plan.cell, context.project.cells, digest, unproven=unproven)
+                if dry_run:
+                    done = pushes.look(target, found.image, found.tags)
+                else:
+                    with console.transfers(f"push {plan.cell.id}") as progress:
+                        done = pushes.push(target, store, found.image, found.tags, progress=progress)
+            except TorchyardError as error:
+                failures.append(error)
+                console.say(f"{plan.cell.id}: failed: {error.problems[0].what}")
+                continue
+            document = {
+                "id": plan.cell.id,
+                "repository": str(target),
+                "digest": found.image.manifest.digest,
+                "proven": bool(found.verdicts),
+                "verdicts": [verdict.as_json() for verdict in found.verdicts],
+                "dry_run": dry_run,
+                "seconds": round(time.monotonic() - started, 1),
+                **done.as_json(),
+            }
+            documents.append(document)
+            rows.append(_pushed_row(document))
+    if rows:
+        console.table(("tag", "digest", "there", "mounted", "sent", "MB", "seconds", "state"), rows)
+    console.result(documents)
+    _fail(failures, console, of=len(plans))
+
+
+def _pushed_row(document: Mapping[str, Any]) -> list[str]:
+    state = "proven" if document["proven"] else "unproven, and marked so"
+    return [
+        document["tags"][0]["name"],
+        document["digest"][:19],
+        *(str(document["blobs"][way]) for way in ("there", "mounted", "sent")),
+        f"{document['bytes_sent'] / 1e6:.1f}",
+        f"{document['seconds']:.1f}",
+        f"{state}; nothing was sent" if document["dry_run"] else state,
+    ]
+
+
+# --------------------------------------------------------------------------- size
+
+
+@cli.command("size")
+@patterns
+@click.option("--top", type=click.IntRange(min=0), default=10, show_default=True, metavar="N",
+              help="How many packages to show, the largest first.")  # fmt: skip
+@click.option("--markdown", is_flag=True, help="Print a page of documentation: sizes per cell and layer.")
+@_options
+def size_command(context: Context, patterns: Sequence[str], *, top: int, markdown: bool) -> None:
+    """Say what takes the space in images that are built, by layer and by package, and what they share."""
+    store, console = Store.open(), context.console
+    found, missing = [], []
+    for plan in context.project.plans(context.project.select(patterns)):
+        image = builds.complete(plan, store, builder=OciEngine.name)
+        if image is None:
+            missing.append(plan.cell.id)
+        else:
+            found.append(sizes.cell_of(plan, image, inventory(store, image, plan.lock.wheels)))
+    if missing and (patterns or not found):
+        raise ImpossibleError(
+            f"{len(missing)} cells are not complete in the store: {', '.join(missing[:3])}",
+            where=str(store.root),
+            why="what an image takes is known when it is built",
+            tries=(f"torchyard build {missing[0]}", *(("torchyard build --all",) if len(missing) > 1 else ())),
+        )
+    if missing:
+        console.say(f"{len(missing)} cells are left out, they are not built: {', '.join(missing)}")
+    all_of_them = sizes.sizes(found)
+    if markdown:
+        console.write(sizes.markdown(all_of_them).rstrip("\n"))
+    else:
+        console.write(sizes.text(all_of_them, width=shutil.get_terminal_size((120, 24)).columns, top=top))
+    console.result(sizes.as_json(all_of_them))
 
 
 # --------------------------------------------------------------------------- update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import os
 import re
@@ -9,7 +10,7 @@ import subprocess
 import tempfile
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from builder import program
@@ -273,39 +274,67 @@ class Resolution:
     epoch: int
 
 
-def resolve(*, suite: str, architecture: str, packages: Iterable[str]) -> Resolution:
-    """Resolve what a minimal Debian with apt and `packages` consists of now, with updates and security fixes.
+class Archive:
+    """A suite's package lists, with updates and security fixes, as they were when they were read: once."""
 
-    Nothing is downloaded but the signed package lists. Raises SourceError if no mirror serves the suite, ToolError if
-    apt cannot resolve it.
-    """
-    with tempfile.TemporaryDirectory(prefix="torchyard-apt-") as directory:
-        apt = Apt(Path(directory), architecture=architecture)
+    def __init__(self, apt: Apt, suite: str) -> None:
         apt.read_lists(suite)
-        purpose = f"resolve the packages of {suite}"
-        plan = apt.run("apt-get", "--simulate", "--quiet=2", "install", "?essential", "apt", *packages, purpose=purpose)
+        self._apt, self._suite = apt, suite
+        self._epoch = apt.newest_list()
+
+    def resolve(self, packages: Iterable[str]) -> Resolution:
+        """Return what a minimal Debian with apt and `packages` consists of; raises ToolError if apt cannot say."""
+        return self._resolve("?essential", "apt", *packages)
+
+    def extend(self, debs: Sequence[Deb], packages: Iterable[str]) -> Resolution:
+        """Return `debs` and what `packages` need besides; raises ToolError if the lists no longer have just these."""
+        found = self._resolve(*map(_exactly, debs), *packages)
+        # A security update moves within the pool when a point release takes it over: the file is the same.
+        locked = {(deb.name, deb.version, deb.architecture, deb.sha256): deb for deb in debs}
+        every = tuple(locked.get((deb.name, deb.version, deb.architecture, deb.sha256), deb) for deb in found.debs)
+        if lost := sorted(deb.name for deb in set(debs) - set(every)):
+            raise ToolError(
+                f"the archive has other packages than were locked: {', '.join(lost)}",
+                why="their names and versions are the same, their bytes are not",
+            )
+        return replace(found, debs=every)
+
+    def _resolve(self, *asked: str) -> Resolution:
+        run, suite = self._apt.run, self._suite
+        plan = run("apt-get", "--simulate", "--quiet=2", "install", *asked, purpose=f"resolve the packages of {suite}")
         chosen = {match["name"]: match for match in _INSTALL.finditer(plan)}
         exact = (f"{name}:{one['architecture']}={one['version']}".replace(":all=", "=") for name, one in chosen.items())
-        shown = apt.run("apt-cache", "show", *exact, purpose=f"read the packages of {suite}")
-        epoch = apt.newest_list()
-    debs = {
-        stanza["Package"]: Deb(
-            name=stanza["Package"],
-            version=stanza["Version"],
-            architecture=stanza["Architecture"],
-            filename=stanza["Filename"],
-            sha256=stanza["SHA256"],
-            size=int(stanza["Size"]),
-        )
-        for stanza in parse_stanzas(shown)
-        if stanza["Version"] == chosen[stanza["Package"]]["version"]
-    }
-    if lost := sorted(set(chosen) - set(debs)):
-        raise ToolError(
-            f"apt chose packages it then could not describe: {', '.join(lost)}",
-            tries=("run it again: the mirror may have been updated meanwhile",),
-        )
-    return Resolution(debs=tuple(debs[name] for name in sorted(debs)), epoch=epoch)
+        shown = run("apt-cache", "show", *exact, purpose=f"read the packages of {suite}")
+        debs = {
+            stanza["Package"]: Deb(
+                name=stanza["Package"],
+                version=stanza["Version"],
+                architecture=stanza["Architecture"],
+                filename=stanza["Filename"],
+                sha256=stanza["SHA256"],
+                size=int(stanza["Size"]),
+            )
+            for stanza in parse_stanzas(shown)
+            if stanza["Version"] == chosen[stanza["Package"]]["version"]
+        }
+        if lost := sorted(set(chosen) - set(debs)):
+            raise ToolError(
+                f"apt chose packages it then could not describe: {', '.join(lost)}",
+                tries=("run it again: the mirror may have been updated meanwhile",),
+            )
+        return Resolution(debs=tuple(debs[name] for name in sorted(debs)), epoch=self._epoch)
+
+
+def _exactly(deb: Deb) -> str:
+    """Return what apt calls the package in just this version."""
+    return f"{deb.name}={deb.version}" if deb.architecture == "all" else f"{deb.name}:{deb.architecture}={deb.version}"
+
+
+@contextlib.contextmanager
+def archive(*, suite: str, architecture: str) -> Iterator[Archive]:
+    """Read the suite's package lists, and nothing else; raises SourceError if no mirror serves it."""
+    with tempfile.TemporaryDirectory(prefix="torchyard-apt-") as directory:
+        yield Archive(Apt(Path(directory), architecture=architecture), suite)
 
 
 # ----------------------------------------------------------------------------------------------------

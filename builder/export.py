@@ -53,6 +53,7 @@ _PARAMETERS = {"window_log": 21, "job_size": 8 << 20, "overlap_log": 6, "write_c
 """Part of the digest of every such layer, with the level. What libzstd would choose by itself may change with it."""
 _KNOWN_SAMPLE = "92fd244c4eb941a9d07975551a4f2c952149d3f4bfac7bb4b4e3951981e9ba8e"
 _PIECE = 1 << 20
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 _REFERENCE = re.compile(
     rf"(?:[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*(?::[0-9]+)?/)?{_PART}(?:/{_PART})*:[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}}"
@@ -71,7 +72,7 @@ def stored_image(store: Store, digest: str) -> Image:
     Raises ImpossibleError if the store has no such image, SourceError if bytes of one of its layers are gone,
     HashMismatchError if a document is damaged.
     """
-    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+    if not _DIGEST.fullmatch(digest):
         raise ImpossibleError(f"not the digest of an image: {digest!r}", why="it is sha256: and 64 hex digits")
     try:
         manifest = _document(store, digest)
@@ -107,6 +108,16 @@ def stored_image(store: Store, digest: str) -> Image:
             tries=("torchyard fetch brings locked wheels back", *_BUILD_AGAIN),
         )
     return image
+
+
+def layers_of(store: Store, digest: str) -> tuple[str, ...]:
+    """Return the digests of an image's layers if the store has its manifest, whether it has the layers or not."""
+    if not _DIGEST.fullmatch(digest):
+        return ()
+    try:
+        return tuple(str(layer["digest"]) for layer in _document(store, digest)["layers"])
+    except (FileNotFoundError, HashMismatchError, KeyError, TypeError, ValueError):
+        return ()
 
 
 def _document(store: Store, digest: str) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def assemble(
 # Layouts on disk
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`; copy only where the file systems differ."""
     with contextlib.suppress(FileNotFoundError):
         if target.samefile(source):
@@ -230,7 +230,7 @@ def write(directory: Path, store: Store, image: Image, *, tag: str | None = None
     blobs = directory / "blobs" / "sha256"
     blobs.mkdir(parents=True, exist_ok=True)
     for blob in image.blobs:
-        _link(store.path(blob.sha256), blobs / blob.sha256)
+        link(store.path(blob.sha256), blobs / blob.sha256)
     write_atomically(directory / "oci-layout", canonical_json({"imageLayoutVersion": "1.0.0"}))
     entry = image.manifest.as_json() | {"platform": {"architecture": image.architecture, "os": image.os}}
     if tag is not None:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +23,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import InvalidWheelFilename, NormalizedName, canonicalize_name, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
+from builder import toolkit
 from builder.errors import LockError, ResolveError, SourceError, ToolError
 from builder.index import Index, Wanted, local_path
 from builder.matrix import Cell
@@ -51,6 +52,8 @@ class Request:
     overrides: tuple[str, ...]
     sources: tuple[tuple[str, str, str], ...]
     """Packages with an explicit index: (package, index name, index URL)."""
+    companions: tuple[str, ...] = ()
+    """Those of the requirements that are released for one torch each."""
     python: str
     platform: str
     exclude_newer: datetime
@@ -58,6 +61,7 @@ class Request:
     @property
     def digest(self) -> str:
         """Hex SHA-256 of the request, in a fixed spelling."""
+        # Companions are among the requirements.
         content = {
             "cell": self.cell_id,
             "requirements": list(self.requirements),
@@ -161,11 +165,22 @@ def cudnn_package(cuda: str) -> str:
     return f"nvidia-cudnn-cu{cuda.partition('.')[0]}"
 
 
+def companion(name: str, torch: Version) -> str:
+    """Return what to ask for so that a companion is the one of this torch."""
+    if name == "torchaudio":
+        # It has torch's own number, and releases of it (2.11.0) do not say which torch they are for.
+        return f"{name}=={torch.major}.{torch.minor}.*"
+    return name
+
+
 def request_of(cell: Cell) -> Request:
     """Say what has to be resolved for the cell."""
     sources = {
         canonicalize_name(package): (index.name, index.url) for index in cell.indexes for package in index.packages
     }
+    if "torch" in sources:
+        # Another index has builds for another CUDA.
+        sources |= {canonicalize_name(name): sources[canonicalize_name("torch")] for name in cell.companions}
     # A build from an index of its own is pinned with its local version, which the default index cannot carry: the
     # two can then not be confused, whatever an index serves under the plain version.
     torch = f"torch=={cell.torch_local if 'torch' in sources else cell.torch}"
@@ -173,11 +188,15 @@ def request_of(cell: Cell) -> Request:
     if cell.cudnn is not None and not cell.cudnn_is_stock:
         # An override, not a constraint: torch pins its cuDNN exactly, so a constraint could never be satisfied.
         overrides = (f"{cudnn_package(cell.cuda)}=={cell.cudnn}",)
+    packages = {"pip", *cell.variant.packages, *(companion(name, cell.torch) for name in cell.companions)}
+    if toolkit.wanted(toolkit=cell.variant.toolkit, cuda=cell.cuda):
+        packages |= set(toolkit.requirements(cuda=cell.cuda, base=cell.base))
     return Request(
         cell_id=cell.id,
-        requirements=(torch, *sorted({"pip", *cell.variant.packages})),
+        requirements=(torch, *sorted(packages)),
         overrides=overrides,
         sources=tuple(sorted((package, name, url) for package, (name, url) in sources.items())),
+        companions=cell.companions,
         python=cell.python,
         platform=cell.platform,
         exclude_newer=cell.exclude_newer,
@@ -245,17 +264,20 @@ def _exact_builds(request: Request) -> dict[NormalizedName, Version]:
     return builds
 
 
-def _local_wheels(builds: Mapping[NormalizedName, Version], index: Index) -> dict[str, list[Path]]:
-    """Return the fitting wheels of exact builds in the user's find-links."""
+def _local_wheels(
+    builds: Mapping[NormalizedName, Version], companions: Iterable[str], index: Index
+) -> dict[str, list[Path]]:
+    """Return the wheels of exact builds in the user's find-links, and of companions in builds of the same label."""
     found: dict[str, list[Path]] = {}
     if not builds:
         return found
+    labels = {build.local for build in builds.values()}
     for path in index.local_files():
         try:
             package, built, _, _ = parse_wheel_filename(path.name)
         except (InvalidWheelFilename, InvalidVersion):
             continue
-        if builds.get(package) == built:
+        if builds.get(package) == built or (package in companions and built.local in labels):
             found.setdefault(package, []).append(path)
     return found
 
@@ -267,15 +289,17 @@ def resolve(request: Request, index: Index) -> Lock:
     """
     configuration = index.configuration
     builds = _exact_builds(request)
-    local = _local_wheels(builds, index)
+    local = _local_wheels(builds, request.companions, index)
     with tempfile.TemporaryDirectory(prefix="torchyard-lock-") as name:
         directory = Path(name)
         (directory / "pyproject.toml").write_text(_project_file(request, local=frozenset(local)), "utf-8")
         (directory / "overrides.txt").write_text("".join(f"{line}\n" for line in request.overrides), "utf-8")
         environment = _uv_environment()
         options = []
-        for package in builds:
-            # The date decides between versions, and here there is one. Not every index says when it got its files.
+        explicit = {package for package, _, _ in request.sources}
+        for package in (*builds, *sorted(explicit & set(request.companions))):
+            # The date decides between versions; of a build there is one, and a companion's torch decides on its own.
+            # Not every index says when it got its files.
             options += ["--exclude-newer-package", f"{package}=false"]
         if configuration.no_index:
             options.append("--no-index")
@@ -325,6 +349,9 @@ def _refusal(request: Request, message: str, directory: str) -> ResolveError | S
             ),
         )
     tries = ["torchyard resolve says which combinations exist", "look at `exclude_newer` in the matrix"]
+    alone = [name for name in request.companions if name in text]
+    if alone:
+        tries.insert(0, f"leave {' and '.join(alone)} out of `companions`: not every torch has a release of each")
     if "filtered by `exclude-newer`" in text and "was published at" not in text:
         tries.append("use an index that says when it received its files (PEP 700): for uv, any other has only new ones")
     return ResolveError(
@@ -389,6 +416,7 @@ def contradictions(cell: Cell, lock: Lock) -> list[str]:
         found.append(f"torch {cell.torch} was asked for, {torch or 'none'} is locked")
     elif torch.local is not None and torch != Version(cell.torch_local):
         found.append(f"torch {cell.torch_local} was asked for, {torch} is locked")
+    found += _other_companions(cell, lock)
     if cell.cuda == "cpu":
         gpu = sorted(wheel.name for wheel in lock.wheels if wheel.name.startswith("nvidia-"))
         if gpu:
@@ -398,6 +426,7 @@ def contradictions(cell: Cell, lock: Lock) -> list[str]:
         found.append(f"CUDA {cell.cuda} was asked for, but the set has no CUDA runtime: it is a CPU set")
     elif lock.cuda.release[:2] != Version(cell.cuda).release[:2]:
         found.append(f"CUDA {cell.cuda} was asked for, the CUDA runtime in the set is {lock.cuda}")
+    found += _other_toolkit(cell, lock)
     if lock.cudnn != cell.cudnn:
         found.append(f"cuDNN {cell.cudnn} was asked for, {lock.cudnn or 'none'} is locked")
     if lock.nccl is None:
@@ -405,6 +434,24 @@ def contradictions(cell: Cell, lock: Lock) -> list[str]:
     elif cell.nccl is not None and lock.nccl != cell.nccl:
         found.append(f"NCCL {cell.nccl} is torch's own, {lock.nccl} is locked")
     return found
+
+
+def _other_companions(cell: Cell, lock: Lock) -> Iterator[str]:
+    torch = lock.version("torch")
+    for name in cell.companions:
+        version = lock.version(name)
+        if version is None:
+            yield f"{name} was asked for, none is locked"
+        elif torch is not None and version.local != torch.local:
+            yield f"{name} {version} is locked, which is another build than torch {torch}"
+
+
+def _other_toolkit(cell: Cell, lock: Lock) -> Iterator[str]:
+    if not cell.variant.toolkit or not toolkit.requirements(cuda=cell.cuda, base=cell.base):
+        return
+    nvcc = lock.version("nvidia-cuda-nvcc")
+    if nvcc is None or nvcc.release[:2] != Version(cell.cuda).release[:2]:
+        yield f"nvcc of CUDA {cell.cuda} was asked for, {nvcc or 'none'} is locked"
 
 
 def lock_cell(cell: Cell, index: Index) -> Lock:

@@ -15,9 +15,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from pydantic import BaseModel
 
+from builder import toolkit
 from builder.compat import check_cell
 from builder.errors import ImpossibleError, MatrixError, Problem
-from builder.facts import CPU, Build, Cuda, Facts
+from builder.facts import CPU, Build, Cuda, Driver, Facts
 from builder.facts import Index as Published
 from builder.facts import Platform as KnownPlatform
 from builder.reading import UNDAMAGED, Damage, did_you_mean, read
@@ -49,6 +50,7 @@ class Point:
     base: str
     variant: str
     platform: str
+    companions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +72,16 @@ class Cell:
     architectures: tuple[str, ...]
     """GPU architectures of torch's own kernels ("sm_90", "compute_120"), where measured."""
     base_name: str
+    base_is_default: bool
+    """Whether it is the first base of the matrix, which tags do not name."""
     base: BootstrapBase | ImageBase
     variant_name: str
     variant: Variant
+    """With all that it has from the variants it extends."""
+    companions: tuple[str, ...]
+    """Libraries that are released for one torch each: torchvision, torchaudio."""
+    driver: Driver | None
+    """Lowest NVIDIA driver that runs its CUDA, by minor-version compatibility; None for a CPU build, or if unknown."""
     platform: str
     indexes: tuple[Index, ...]
     """Explicit indexes that apply; packages not named there come from the user's default index."""
@@ -126,9 +135,18 @@ def matches(selector: Selector, point: Point) -> bool:
     )
 
 
-def _product(values: Mapping[str, Sequence[str]]) -> Iterator[Point]:
+def _product(values: Mapping[str, Sequence[str]], *, companions: tuple[str, ...] = ()) -> Iterator[Point]:
     for combination in itertools.product(*(values[axis] for axis in AXES)):
-        yield Point(**dict(zip(AXES, combination, strict=True)))
+        torch, cuda, cudnn, base, variant, platform = combination
+        yield Point(
+            torch=torch,
+            cuda=cuda,
+            cudnn=cudnn,
+            base=base,
+            variant=variant,
+            platform=platform,
+            companions=companions,
+        )
 
 
 def _too_many(values: Mapping[str, Sequence[str]], where: str) -> Problem | None:
@@ -180,7 +198,7 @@ def _points(matrix: Matrix, damage: Damage) -> tuple[list[tuple[str, Point]], li
         if problem := _too_many(values, where):
             problems.append(problem)
         elif not damage.axes:
-            points += [(where, point) for point in _product(values)]
+            points += [(where, point) for point in _product(values, companions=include.companions)]
     return points, problems
 
 
@@ -204,6 +222,55 @@ def _unknown_names(matrix: Matrix, damage: Damage) -> Iterator[Problem]:
                     )
 
 
+def whole_variant(variants: Mapping[str, Variant], name: str) -> Variant:
+    """Return a variant with all that it has from those it extends; its own values come last, and win."""
+    variant = variants[name]
+    if variant.extends is None:
+        return variant
+    below = whole_variant(variants, variant.extends)
+    own = variant.model_fields_set
+    return variant.model_copy(
+        update={
+            "packages": tuple(dict.fromkeys((*below.packages, *variant.packages))),
+            "system": tuple(dict.fromkeys((*below.system, *variant.system))),
+            "directories": tuple(dict.fromkeys((*below.directories, *variant.directories))),
+            "env": {**below.env, **variant.env},
+            **{key: getattr(below, key) for key in ("toolkit", "program", "port") if key not in own},
+        }
+    )
+
+
+def _unsound_variants(variants: Mapping[str, Variant]) -> Iterator[Problem]:
+    """Report variants that extend what is not defined, or, in the end, themselves."""
+    for name, variant in variants.items():
+        if variant.extends is not None and variant.extends not in variants:
+            yield Problem(
+                what=f"variant {variant.extends!r} is not defined{did_you_mean(variant.extends, variants)}",
+                where=f"variants.{name}.extends",
+                why=f"`variants` defines {', '.join(variants)}",
+            )
+        line, at = [name], variant.extends
+        while at is not None and at in variants and at not in line:
+            line.append(at)
+            at = variants[at].extends
+        if at == name:
+            yield Problem(what=f"{name} extends itself", where=f"variants.{name}.extends", why=" → ".join([*line, at]))
+
+
+def _unfit(variant: Variant, base: BootstrapBase | ImageBase, point: Point) -> Iterator[Problem]:
+    """Report what keeps a variant from standing on a base."""
+    if variant.system and isinstance(base, ImageBase):
+        yield Problem(
+            what=f"variant {point.variant} needs Debian packages, and base {point.base} is an image",
+            why=f"nothing of an image is run, so nothing can be installed in it: {', '.join(variant.system)}",
+            tries=("use a bootstrap base", "use an image that has them, and a variant without `system`"),
+        )
+    if variant.toolkit:
+        problem = toolkit.refusal(variant=point.variant, cuda=point.cuda, base_name=point.base, base=base)
+        if problem is not None:
+            yield problem
+
+
 def _duplicates(matrix: Matrix, damage: Damage) -> Iterator[Problem]:
     for axis in AXES:
         values = listed(getattr(matrix.axes, axis))
@@ -219,8 +286,11 @@ def _duplicates(matrix: Matrix, damage: Damage) -> Iterator[Problem]:
             yield Problem(what=f"a second index named {name!r}", where=f"{damage.place('indexes', number)}.name")
 
 
-def _complete(matrix: Matrix, where: str, point: Point, facts: Facts) -> Cell | list[Problem]:
-    """Turn a point into a cell, or say why there can be no such image."""
+def _complete(matrix: Matrix, where: str, point: Point, facts: Facts, *, judge: bool) -> Cell | list[Problem]:
+    """Turn a point into a cell, or say why there can be no such image.
+
+    Whether variant and base go together is judged only if both are as they were written.
+    """
     base = matrix.bases[point.base]
     torch = Version(point.torch)
     override = None if point.cudnn == "stock" else Version(point.cudnn)
@@ -244,6 +314,11 @@ def _complete(matrix: Matrix, where: str, point: Point, facts: Facts) -> Cell | 
     ]
     if problems:
         return problems
+    variant = whole_variant(matrix.variants, point.variant)
+    problems += [
+        Problem(what=problem.what, where=f"{where} ({label})", why=problem.why, tries=(*problem.tries, *leave))
+        for problem in (_unfit(variant, base, point) if judge else ())
+    ]
     cuda: Cuda = CPU if point.cuda == CPU else Version(point.cuda)
     build = facts.build(torch, cuda, KnownPlatform(point.platform))
     assert build is not None, "check_cell accepts known builds only"
@@ -275,8 +350,9 @@ def _complete(matrix: Matrix, where: str, point: Point, facts: Facts) -> Cell | 
     python = f"py{base.python}"
     arch = () if point.platform == "linux/amd64" else (point.platform.split("/")[1],)
     gpu = () if cudnn is None else (f"cudnn{cudnn}",)
+    companions = tuple(name.removeprefix("torch") for name in point.companions)
     identity = "-".join(
-        (f"torch{torch}", cuda_label(point.cuda), *gpu, python, point.base, point.variant, *arch),
+        (f"torch{torch}", cuda_label(point.cuda), *gpu, python, point.base, point.variant, *companions, *arch),
     )
     short_gpu = () if cudnn is None else (f"cudnn{cudnn if override else cudnn.major}",)
     default_base = listed(matrix.axes.base)[0]
@@ -286,6 +362,7 @@ def _complete(matrix: Matrix, where: str, point: Point, facts: Facts) -> Cell | 
             "cpu" if point.cuda == "cpu" else f"cuda{point.cuda}",
             *short_gpu,
             point.variant,
+            *companions,
             *(() if point.base == default_base else (point.base,)),
             *arch,
         )
@@ -299,9 +376,12 @@ def _complete(matrix: Matrix, where: str, point: Point, facts: Facts) -> Cell | 
         nccl=build.nccl,
         architectures=_architectures(build),
         base_name=point.base,
+        base_is_default=point.base == default_base,
         base=base,
         variant_name=point.variant,
-        variant=matrix.variants[point.variant],
+        variant=variant,
+        companions=point.companions,
+        driver=facts.driver_floor(cuda),
         platform=point.platform,
         indexes=indexes,
         repository=matrix.repository,
@@ -318,11 +398,16 @@ def expand(matrix: Matrix, facts: Facts, *, file: str = "matrix.yaml", damage: D
     """
     points, found = _points(matrix, damage)
     problems = [*_unknown_names(matrix, damage), *_duplicates(matrix, damage), *found]
+    if damage.hides("variants"):  # What a variant extends may be just what is wrong.
+        alone = {name: variant.model_copy(update={"extends": None}) for name, variant in matrix.variants.items()}
+        matrix = matrix.model_copy(update={"variants": alone})
+    elif unsound := list(_unsound_variants(matrix.variants)):
+        raise _refusal([*problems, *unsound], file)
     cells: list[tuple[str, Cell]] = []
     for where, point in points if not damage.hides("indexes") else ():
         if point.base not in matrix.bases or point.variant not in matrix.variants:
             continue
-        cell = _complete(matrix, where, point, facts)
+        cell = _complete(matrix, where, point, facts, judge=not damage.hides("bases", "variants"))
         if isinstance(cell, Cell):
             cells.append((where, cell))
         else:

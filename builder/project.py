@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -70,6 +71,10 @@ class Project:
         """Return the path of the lock of the cell's base."""
         return self.images / "bases" / f"{cell.base_name}-{architecture(cell)}.toml"
 
+    def system_lock_path(self, cell: Cell) -> Path:
+        """Return the path of the lock of the cell's base with the Debian packages that its variant adds."""
+        return self.images / "bases" / f"{cell.base_name}-{architecture(cell)}-{cell.variant_name}.toml"
+
     # ------------------------------------------------------------------ reading
 
     def lock(self, cell: Cell) -> Lock:
@@ -81,22 +86,34 @@ class Project:
         if not isinstance(cell.base, BootstrapBase):
             return None
         path = self.base_lock_path(cell)
-        tries = ("torchyard lock",)
-        try:
-            text = path.read_text("utf-8")
-        except FileNotFoundError:
-            raise LockError(f"the base {cell.base_name} is not locked", where=str(path), tries=tries) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise LockError("the base's lock cannot be read", where=str(path), why=str(error)) from None
-        lock = bases.loads(text, where=str(path))
-        why = base_staleness(cell, lock)
-        if why:
-            raise LockError(f"the lock of the base {cell.base_name} is stale", where=str(path), why=why, tries=tries)
+        lock = _read(path, f"the base {cell.base_name}")
+        if why := base_staleness(cell, lock):
+            raise _stale(path, f"the base {cell.base_name}", why)
+        return lock
+
+    def system_lock(self, cell: Cell) -> BaseLock | None:
+        """Read the lock of the base with the Debian packages that the cell's variant adds; None if it adds none.
+
+        Raises LockError if it is missing or stale, or is not of the base's own packages and more.
+        """
+        base = self.base_lock(cell)
+        if base is None or not system_packages(cell):
+            return None
+        path, what = self.system_lock_path(cell), f"the base {cell.base_name} for {cell.variant_name}"
+        lock = _read(path, what)
+        if why := system_staleness(cell, base, lock):
+            raise _stale(path, what, why)
         return lock
 
     def plan(self, cell: Cell) -> Plan:
         """Render the cell from its locks."""
-        return renders.render(cell, self.lock(cell), self.base_lock(cell), templates=renders.templates_of(self.root))
+        return renders.render(
+            cell,
+            self.lock(cell),
+            self.base_lock(cell),
+            self.system_lock(cell),
+            templates=renders.templates_of(self.root),
+        )
 
     def plans(self, cells: Iterable[Cell]) -> tuple[Plan, ...]:
         """Render the cells; raises one error with the problems of all."""
@@ -174,12 +191,15 @@ class Project:
         return True
 
     def write_lock(self, cell: Cell, lock: Lock) -> None:
-        """Write a cell's lock."""
+        """Write a cell's lock; where nothing but the resolver's version is new, the one that is there stays."""
+        with contextlib.suppress(LockError):
+            if replace(self.lock(cell), resolver=lock.resolver) == lock:
+                return
         write_atomically(self.lock_path(cell), locks.dumps(lock).encode())
 
-    def write_base_lock(self, cell: Cell, lock: BaseLock) -> None:
-        """Write the lock of a cell's base."""
-        write_atomically(self.base_lock_path(cell), bases.dumps(lock).encode())
+    def write_base_lock(self, path: Path, lock: BaseLock) -> None:
+        """Write the lock of a base, or of one with what a variant adds, where it belongs."""
+        write_atomically(path, bases.dumps(lock).encode())
 
     def write(self, plan: Plan) -> bool:
         """Write the generated files of a cell; returns whether any changed."""
@@ -194,6 +214,11 @@ class Project:
         """Remove the generated files of a directory, and it if nothing else was there; returns whether it is gone."""
         for name in GENERATED:
             (path / name).unlink(missing_ok=True)
+        programs = path / renders.PROGRAMS
+        for program in programs.glob(f"{renders.PROGRAM}*"):
+            program.unlink()
+        if programs.is_dir() and not any(programs.iterdir()):
+            programs.rmdir()
         if any(path.iterdir()):
             return False
         path.rmdir()
@@ -205,14 +230,51 @@ def architecture(cell: Cell) -> str:
     return cell.platform.partition("/")[2]
 
 
+def system_packages(cell: Cell) -> tuple[str, ...]:
+    """Return the Debian packages that a cell's variant asks for and its base does not."""
+    if not isinstance(cell.base, BootstrapBase):
+        return ()
+    return tuple(sorted(set(cell.variant.system) - set(cell.base.packages)))
+
+
+def _read(path: Path, what: str) -> BaseLock:
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise LockError(f"{what} is not locked", where=str(path), tries=("torchyard lock",)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LockError(f"the lock of {what} cannot be read", where=str(path), why=str(error)) from None
+    return bases.loads(text, where=str(path))
+
+
+def _stale(path: Path, what: str, why: str) -> LockError:
+    return LockError(f"the lock of {what} is stale", where=str(path), why=why, tries=("torchyard lock",))
+
+
 def base_staleness(cell: Cell, lock: BaseLock) -> str:
     """Say why a base's lock no longer answers the matrix; empty if it does."""
     assert isinstance(cell.base, BootstrapBase)
-    if (lock.suite, lock.architecture) != (cell.base.suite, architecture(cell)):
-        return f"it is for {lock.suite} on {lock.architecture}"
-    if set(lock.packages) != set(cell.base.packages):
-        changed = sorted(set(lock.packages) ^ set(cell.base.packages))
-        return f"the matrix asks for other packages since it was made: {', '.join(changed)}"
+    if why := _staleness(cell, lock, cell.base.packages):
+        return why
     if lock.python is not None and lock.python != cell.base.python:
         return f"{lock.suite} has Python {lock.python}, the matrix says {cell.base.python}"
+    return ""
+
+
+def system_staleness(cell: Cell, base: BaseLock, lock: BaseLock) -> str:
+    """Say why a lock of system packages no longer answers the matrix, or the lock of the base; empty if it does."""
+    if why := _staleness(cell, lock, (*base.packages, *cell.variant.system)):
+        return why
+    if lacking := lock.lacking(base):
+        shown = ", ".join(lacking[:5]) + (", …" if len(lacking) > 5 else "")
+        return f"the base's own lock has other packages or versions since it was made: {shown}"
+    return ""
+
+
+def _staleness(cell: Cell, lock: BaseLock, packages: Iterable[str]) -> str:
+    assert isinstance(cell.base, BootstrapBase)
+    if (lock.suite, lock.architecture) != (cell.base.suite, architecture(cell)):
+        return f"it is for {lock.suite} on {lock.architecture}"
+    if changed := sorted(set(lock.packages) ^ set(packages)):
+        return f"the matrix asks for other packages since it was made: {', '.join(changed)}"
     return ""

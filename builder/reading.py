@@ -280,6 +280,10 @@ def _problem(item: ErrorDetails) -> Problem | None:  # noqa: PLR0912, PLR0915 (o
         why = item["msg"]
         if kind == "literal_error":
             why = f"this torchyard knows {context['expected']}"
+        elif kind in ("int_type", "greater_than_equal", "less_than_equal"):
+            why = _model_at(location[:-1]).model_fields[name].description or ""
+        elif kind == "bool_type":
+            why = "it is true or false"
         elif kind == "string_pattern_mismatch":
             why = _why_refused(WORDS[context["pattern"]], value)
         elif kind == "value_error":

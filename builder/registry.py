@@ -1,12 +1,13 @@
-"""Container registries: images fetched by digest over plain HTTP into the store, without an engine or a daemon."""
+"""Container registries: whom to tell what, and images fetched by digest into the store, without any engine."""
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,10 +39,12 @@ if TYPE_CHECKING:
 MANIFEST_MAX = 4 << 20
 CONFIG_MAX = 8 << 20
 REDIRECTS_MAX = 5
+_TLS_PATIENCE_S = 10.0
 
 _DOCKER = "application/vnd.docker."
 _INDEXES = (MEDIA_INDEX, f"{_DOCKER}distribution.manifest.list.v2+json")
 _MANIFESTS = (MEDIA_MANIFEST, f"{_DOCKER}distribution.manifest.v2+json")
+MANIFEST_TYPES = (*_MANIFESTS, *_INDEXES)
 _SCHEMA1 = f"{_DOCKER}distribution.manifest.v1+"
 _CONFIGS = (MEDIA_CONFIG, f"{_DOCKER}container.image.v1+json")
 _LAYERS = {
@@ -57,9 +60,9 @@ _LAYERS = {
 # What a registry may say about a refusal, of the distribution specification: its messages are not shown, because
 # anything could stand in them, also what was sent to it.
 _CODES = frozenset({
-    "BLOB_UNKNOWN", "DENIED", "DIGEST_INVALID", "MANIFEST_BLOB_UNKNOWN", "MANIFEST_INVALID", "MANIFEST_UNKNOWN",
-    "NAME_INVALID", "NAME_UNKNOWN", "SIZE_INVALID", "TOOMANYREQUESTS", "UNAUTHORIZED", "UNAVAILABLE", "UNKNOWN",
-    "UNSUPPORTED",
+    "BLOB_UNKNOWN", "BLOB_UPLOAD_INVALID", "BLOB_UPLOAD_UNKNOWN", "DENIED", "DIGEST_INVALID", "MANIFEST_BLOB_UNKNOWN",
+    "MANIFEST_INVALID", "MANIFEST_UNKNOWN", "NAME_INVALID", "NAME_UNKNOWN", "RANGE_INVALID", "SIZE_INVALID",
+    "TAG_INVALID", "TOOMANYREQUESTS", "UNAUTHORIZED", "UNAVAILABLE", "UNKNOWN", "UNSUPPORTED",
 })  # fmt: skip
 
 
@@ -102,6 +105,28 @@ class _Challenge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Access:
+    """What is to be opened: a repository for actions, and another one to mount blobs from."""
+
+    repository: str
+    actions: str
+    also: str | None
+
+    def scopes(self, challenge: _Challenge) -> tuple[str, ...]:
+        """Return what a token is asked for.
+
+        A registry that is asked to read challenges for reading only: whoever will write says so at once.
+        """
+        mine = [f"repository:{self.repository}:{self.actions}"]
+        named = challenge.parameters.get("scope")
+        if named and self.actions == "pull":
+            mine = [named]
+        if self.also is not None:
+            mine.append(f"repository:{self.also}:pull")
+        return tuple(mine)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Grant:
     """An Authorization header, what it answers, and when it ends."""
 
@@ -131,7 +156,7 @@ class _Wanted:
     @property
     def headers(self) -> dict[str, str]:
         # Registries convert a manifest for clients that do not say they know its type.
-        return {"Accept": ", ".join((*_MANIFESTS, *_INDEXES))} if self.kind == "manifests" else {}
+        return {"Accept": ", ".join(MANIFEST_TYPES)} if self.kind == "manifests" else {}
 
 
 class Registry:
@@ -146,10 +171,11 @@ class Registry:
         self.host = host
         self._configuration = configuration
         self._scheme = "http" if configuration.may_be_plain(host) else "https"
+        self._is_answering = False
         # Another host gets the named one's credentials only within the same domain: a mirror has its own.
         within = named is not None and (urlsplit(f"//{host}").hostname or "").endswith(f".{named}")
         self._known_as = (host, named) if named is not None and within else (host,)
-        self._grants: dict[tuple[str, str], _Grant] = {}
+        self._grants: dict[_Access, _Grant] = {}
         self._notes: list[str] = []
         self._guard = threading.Lock()
 
@@ -160,12 +186,20 @@ class Registry:
 
         return Client(bare=True, methods=("GET", "HEAD", "POST"))  # a POST asks for a token
 
+    @cached_property
+    def _once(self) -> Client:
+        """What repeats nothing: a stream cannot be sent again before the registry has said what it has of it."""
+        from builder.transfer import Client  # noqa: PLC0415 (as above)
+
+        return Client(bare=True, attempts=1)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if "_client" in vars(self):  # nothing may have been asked
-            self._client.close()
+        for name in ("_client", "_once"):  # nothing may have been asked
+            if name in vars(self):
+                vars(self)[name].close()
 
     # ------------------------------------------------------------------ requests
 
@@ -177,15 +211,86 @@ class Registry:
         Raises SourceError if there is no answer, or none without a log-in that is not there; every status that is an
         answer is the caller's to judge.
         """
-        url = f"{self._scheme}://{self.host}/v2/{repository}/{path}"
-        scope = (repository, actions)
-        grant = self._current_grant(scope)
+        url = self.url(repository, path)
+        access = _Access(repository=repository, actions=actions, also=None)
+        grant = self._current_grant(access)
         response = self._send(method, url, headers, grant)
         if response.status_code == 401:
             response.close()
-            grant = self._new_grant(scope, grant, response)
+            grant = self._new_grant(access, grant, response)
             response = self._send(method, url, headers, grant)
+        if response.status_code == 400 and not self._is_answering and self._wants_tls():
+            response.close()
+            return self.request(method, path, repository=repository, actions=actions, headers=headers)
+        self._is_answering = True
         return self._follow(method, response, headers, grant)
+
+    def _wants_tls(self) -> bool:
+        """Speak TLS from now on if a host that may be spoken to without it wants it; tells whether that is so.
+
+        Servers that speak TLS answer a request in the clear with 400, and had no log-in by then.
+        """
+        if self._scheme == "https":
+            return False
+        try:
+            url = f"https://{self.host}/v2/"
+            self._exchange(self._once, "GET", url, {}, None, patience_s=_TLS_PATIENCE_S).close()
+        except (OSError, ValueError) as error:
+            if "CERTIFICATE_VERIFY_FAILED" not in reason(error):
+                return False
+        self._scheme = "https"
+        return True
+
+    def request_once(
+        self,
+        method: str,
+        url: str,
+        *,
+        repository: str,
+        also: str | None = None,
+        headers: Mapping[str, str],
+        body: bytes | Iterable[bytes | memoryview] = b"",
+        patience_s: float,
+    ) -> Response:
+        """Return the answer to one request to write to `repository`, its body unread; raises OSError if none came.
+
+        `url` is of `url` or `next_url`; `also` is a repository that blobs are mounted from. Nothing is repeated and no
+        redirection followed. A 401 is an answer like others, after which the next request has a new grant.
+        """
+        access = _Access(repository=repository, actions="pull,push", also=also)
+        # What lies elsewhere is opened by its address: nobody there is told who asks.
+        is_own = _origin(url) == _origin(self.url(repository, ""))
+        grant = self._current_grant(access) if is_own else None
+        response = self._exchange(self._once, method, url, headers, grant, data=body, patience_s=patience_s)
+        if response.status_code == 401 and is_own:
+            self._new_grant(access, grant, response)
+        return response
+
+    def url(self, repository: str, path: str) -> str:
+        """Return an address of this registry's interface to a repository."""
+        return f"{self._scheme}://{self.host}/v2/{repository}/{path}"
+
+    def next_url(self, response: Response) -> str:
+        """Return where an answer says to go on; raises SourceError if that is not an address, or not a safe one.
+
+        What is to be written may go to another host, but a registry must not point into somebody's private network.
+        """
+        location = response.headers.get("Location")
+        if not location:
+            raise SourceError(
+                f"the registry {self.host} does not say where to go on",
+                where=without_credentials(response.url),
+                why=f"its answer, HTTP {response.status_code}, has no Location",
+            )
+        target = self._checked(location, response.url)
+        if _origin(target) != _origin(response.url) and _is_private(target) and not self._named_plain(target):
+            raise self._unsafe(
+                target, response.url, "is in a private network, and not this registry", "uploads to that address"
+            )
+        return target
+
+    def _named_plain(self, url: str) -> bool:
+        return urlsplit(url).netloc.lower() in self._configuration.plain
 
     def _send(
         self,
@@ -194,30 +299,33 @@ class Registry:
         headers: Mapping[str, str],
         grant: _Grant | None,
         *,
-        params: Mapping[str, str] | None = None,
+        params: Mapping[str, str | Sequence[str]] | None = None,
         data: Mapping[str, str] | None = None,
+    ) -> Response:
+        try:
+            return self._exchange(self._client, method, url, headers, grant, params=params, data=data)
+        except (OSError, ValueError) as error:  # ValueError: of addresses that are none
+            raise SourceError(
+                f"{urlsplit(url).netloc.rpartition('@')[2]} cannot be reached",
+                where=without_credentials(url),
+                why=reason(error),
+                tries=("check the name of the registry and the network", "run again: what arrived is kept"),
+            ) from error
+
+    @staticmethod
+    def _exchange(
+        client: Client,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        grant: _Grant | None,
+        **more: Any,  # noqa: ANN401 (the client's own)
     ) -> Response:
         netloc = urlsplit(url).netloc
         authorization = {"Authorization": grant.authorization} if grant and grant.authorization else {}
         # Nobody's proxy can reach this machine's loopback, or should see what is sent there in the clear.
         proxies = {"no_proxy": urlsplit(url).hostname or ""} if is_loopback(netloc) else {}
-        try:
-            return self._client.request(
-                method,
-                url,
-                headers={**headers, **authorization},
-                params=params,
-                data=data,
-                stream=True,
-                proxies=proxies,
-            )
-        except (OSError, ValueError) as error:  # ValueError: of addresses that are none
-            raise SourceError(
-                f"{netloc.rpartition('@')[2]} cannot be reached",
-                where=without_credentials(url),
-                why=reason(error),
-                tries=("check the name of the registry and the network", "run again: what was fetched is kept"),
-            ) from error
+        return client.request(method, url, headers={**headers, **authorization}, stream=True, proxies=proxies, **more)
 
     def _follow(self, method: str, response: Response, headers: Mapping[str, str], grant: _Grant | None) -> Response:
         """Follow redirections, as registries that keep blobs elsewhere answer with.
@@ -246,54 +354,58 @@ class Registry:
         except ValueError:
             target, netloc, scheme, allowed = "", "", "", False
         if not netloc or (scheme != "https" and not allowed):
-            raise SourceError(
-                f"the registry {self.host} points to an address that is not safe",
-                where=without_credentials(source),
-                why=f"{quoted(without_credentials(target) if target else 'an address that is none')} is not https",
-                tries=(
-                    "if that host is yours and plain HTTP is meant, add it to TORCHYARD_INSECURE_REGISTRIES",
-                    "otherwise do not use this registry from here",
-                ),
-            )
+            raise self._unsafe(target or "an address that is none", source, "is not https", "plain HTTP")
         return target
+
+    def _unsafe(self, target: str, source: str, why: str, meant: str) -> SourceError:
+        return SourceError(
+            f"the registry {self.host} points to an address that is not safe",
+            where=without_credentials(source),
+            why=f"{quoted(without_credentials(target))} {why}",
+            tries=(
+                f"if that host is yours and {meant} is meant, add it to TORCHYARD_INSECURE_REGISTRIES",
+                "otherwise do not use this registry from here",
+            ),
+        )
 
     # ------------------------------------------------------------------ authorization
 
-    def _current_grant(self, scope: tuple[str, str]) -> _Grant | None:
+    def _current_grant(self, access: _Access) -> _Grant | None:
         with self._guard:
-            grant = self._grants.get(scope)
+            grant = self._grants.get(access)
             if grant is not None and grant.expires <= time.monotonic():
-                grant = self._grants[scope] = self._grant(grant.challenge, scope)
+                grant = self._grants[access] = self._grant(grant.challenge, access)
             return grant
 
-    def _new_grant(self, scope: tuple[str, str], refused: _Grant | None, response: Response) -> _Grant:
+    def _new_grant(self, access: _Access, refused: _Grant | None, response: Response) -> _Grant:
         """Return what answers a 401: another thread's newer grant, or a new one."""
         with self._guard:
-            known = self._grants.get(scope)
+            known = self._grants.get(access)
             if known is not None and known is not refused:
                 return known
             challenge = _Challenge.best(response.headers.get("WWW-Authenticate", ""))
             if challenge is None:
-                raise self._unauthorised(scope[0], "HTTP 401, without saying how to log in")
-            self._grants[scope] = self._grant(challenge, scope)
-            return self._grants[scope]
+                raise self.unauthorised(access.repository, "HTTP 401, without saying how to log in")
+            self._grants[access] = self._grant(challenge, access)
+            return self._grants[access]
 
-    def _grant(self, challenge: _Challenge, scope: tuple[str, str]) -> _Grant:
+    def _grant(self, challenge: _Challenge, access: _Access) -> _Grant:
         self._notes.clear()
-        credential = self._configuration.credential(self._known_as, scope[0], self._notes) or Credential()
+        credential = self._configuration.credential(self._known_as, access.repository, self._notes) or Credential()
         if credential.registry_token and challenge.scheme == "bearer":
             return _Grant(challenge=challenge, authorization=_bearer(self.host, credential.registry_token))
         if challenge.scheme == "bearer":
-            return self._token(challenge, credential, scope)
+            return self._token(challenge, credential, access)
         if credential.basic is None:
-            raise self._unauthorised(scope[0], "HTTP 401: it wants a user name and password")
+            raise self.unauthorised(access.repository, "HTTP 401: it wants a user name and password")
         return _Grant(challenge=challenge, authorization=credential.basic)
 
-    def _token(self, challenge: _Challenge, credential: Credential, scope: tuple[str, str]) -> _Grant:
+    def _token(self, challenge: _Challenge, credential: Credential, access: _Access) -> _Grant:
         """Ask the token service that the registry names, as the distribution specification describes."""
         # The address is the registry's word: it vouches for who may see what opens it.
         realm = self._checked(challenge.parameters.get("realm", ""), f"{self._scheme}://{self.host}/v2/")
-        about = {"scope": challenge.parameters.get("scope") or f"repository:{scope[0]}:{scope[1]}"}
+        scopes = access.scopes(challenge)
+        about: dict[str, str] = {}
         if service := challenge.parameters.get("service"):
             about["service"] = service
         asked = time.monotonic()
@@ -301,6 +413,7 @@ class Registry:
         if credential.identity_token:
             form = {
                 **about,
+                "scope": " ".join(scopes),
                 "grant_type": "refresh_token",
                 "client_id": "torchyard",
                 "refresh_token": credential.identity_token,
@@ -308,18 +421,20 @@ class Registry:
             response = self._send("POST", realm, accept, None, data=form)
         else:
             basic = _Grant(challenge=challenge, authorization=credential.basic) if credential.basic else None
-            response = self._follow("GET", self._send("GET", realm, accept, basic, params=about), accept, basic)
+            first = self._send("GET", realm, accept, basic, params={**about, "scope": scopes})
+            response = self._follow("GET", first, accept, basic)
         with response:
             if response.status_code in (400, 401, 403):
-                raise self._unauthorised(
-                    scope[0], f"HTTP {response.status_code} from its token service, {without_credentials(realm)}"
+                raise self.unauthorised(
+                    access.repository,
+                    f"HTTP {response.status_code} from its token service, {without_credentials(realm)}",
                 )
             if response.status_code != 200:
                 raise SourceError(
                     f"the token service of {self.host} does not answer as one",
                     where=without_credentials(realm),
                     why=f"HTTP {response.status_code}",
-                    tries=("run again later: what was fetched is kept",),
+                    tries=("run again later: what arrived is kept",),
                 )
             answer = self._json_of(response)
         token = answer.get("token") or answer.get("access_token")
@@ -332,7 +447,8 @@ class Registry:
             expires=asked + lasts_s - min(10.0, lasts_s / 10),
         )
 
-    def _unauthorised(self, repository: str, why: str) -> SourceError:
+    def unauthorised(self, repository: str, why: str) -> SourceError:
+        """Return the error for a repository that is closed to who asks."""
         notes = f"; {'; '.join(dict.fromkeys(self._notes))}" if self._notes else ""
         return SourceError(
             f"{self.host} does not open {repository} to you",
@@ -407,10 +523,7 @@ class Registry:
 
     def refusal(self, response: Response, repository: str, name: str) -> SourceError:
         """Return the error for an answer that is none of the hoped for; the answer is closed."""
-        with response:
-            status = response.status_code
-            code = _code_of(self._json_of(response))
-        said = f"HTTP {status}{f' ({code})' if code else ''}"
+        status, said = response.status_code, self.said(response)
         place = without_credentials(response.url)
         if urlsplit(response.url).netloc != self.host:
             return SourceError(
@@ -420,7 +533,7 @@ class Registry:
                 tries=("run again: the registry may give another address",),
             )
         if status in (401, 403):
-            return self._unauthorised(repository, said)
+            return self.unauthorised(repository, said)
         if status in (404, 410):
             return SourceError(
                 f"{self.host} has no such {name} in {repository}",
@@ -437,6 +550,17 @@ class Registry:
             why=said,
             tries=("run again later: what was fetched is kept and resumed",),
         )
+
+    def said(self, response: Response) -> str:
+        """Say what an answer is that is none of the hoped for, in words of the specification; it is read and closed."""
+        with response:
+            code = _code_of(self._json_of(response))
+        return f"HTTP {response.status_code}{f' ({code})' if code else ''}"
+
+    def small_body(self, response: Response, limit: int) -> bytes | None:
+        """Return a body that ought to be small, and let its connection be used again; None if it is not, or breaks."""
+        with response:
+            return self._client.small_body(response, limit)
 
     def _json_of(self, response: Response) -> dict[str, Any]:
         """Return the JSON object that is the answer's body; an empty one if it is none."""
@@ -605,6 +729,15 @@ def _bearer(host: str, token: object) -> str:
             tries=("run again later", f"log in again: docker login {host}, or podman login {host}"),
         )
     return f"Bearer {token}"
+
+
+def _is_private(url: str) -> bool:
+    """Tell whether an address can only be of this machine or its network, by the looks of its host."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return "." not in host or host.endswith((".localhost", ".local", ".internal"))
 
 
 def _origin(url: str) -> tuple[str, str | None, int]:

@@ -9,7 +9,7 @@ import shlex
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from packaging.version import Version
 
 from builder import lock as locks
+from builder import toolkit
 from builder.base import BaseLock
 from builder.errors import LockError, MatrixError, Problem
 from builder.facts import CPU, Cuda, Facts, cudnn_number
@@ -34,13 +35,33 @@ USER = "1000:0"
 HOME = "/home/torch"
 WORKDIR = "/workspace"
 IMAGE_JSON = "/usr/local/share/torchyard/image.json"
+"""Where an image keeps what it was declared to be."""
+PROFILE = "/etc/profile.d/torchyard.sh"
+"""What login shells read after Debian's /etc/profile, which sets PATH anew."""
 VALIDATOR = "torchyard-validate"
 """Name of the program by which an image validates itself; beside its Python."""
-"""Where an image keeps what it was declared to be."""
+PROGRAM = "torchyard-"
+"""How the names of an image's own programs begin."""
+START = f"{PROGRAM}start"
+"""The program in every image's entry point: it looks at the host's driver, and then runs what was asked for."""
+PROGRAMS = "programs"
+"""Directory of the templates of programs, and of the programs among a cell's files."""
 UNCOMPILED = "/tests?/"
 """Regular expression for the paths of sources that get no bytecode: nobody imports packages' tests in an image, and
 they are a fifth of what there is to compile."""
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Healthcheck:
+    """How an engine asks a container whether it is well."""
+
+    command: tuple[str, ...]
+    interval_s: int = 30
+    timeout_s: int = 10
+    start_period_s: int = 60
+    """Failures during the first seconds do not count."""
+    retries: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +75,7 @@ class ImageConfig:
     entrypoint: tuple[str, ...]
     cmd: tuple[str, ...]
     exposed_ports: tuple[str, ...] = ()
+    healthcheck: Healthcheck | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +117,28 @@ HOME_OF_PYTHON = "{home}"
 """The directory in which the base has its Python, in links and files of an Environment."""
 
 
+def toolkit_of(cell: Cell) -> str | None:
+    """Return which CUDA's toolkit the image has: "13.2"; None for one without."""
+    return toolkit.wanted(toolkit=cell.variant.toolkit, cuda=cell.cuda)
+
+
 def environment_of(cell: Cell) -> Environment:
     """Return the virtual environment of the cell's Python."""
     python = f"python{cell.python}"
+    packages = f"{LIBRARY}/site-packages"
+    links: dict[str, str] = {}
+    if toolkit_of(cell):
+        lacking = toolkit.links(cuda=cell.cuda, base=cell.base)
+        links = {f"{packages}/{path}": target for path, target in lacking.items()}
     return Environment(
-        directories=("bin", "include/site/python3", f"{LIBRARY}/site-packages"),
+        directories=(
+            "bin",
+            "include/site/python3",
+            packages,
+            *sorted({path.rpartition("/")[0] for path in links}),
+        ),
         links={
+            **links,
             "bin/python": f"{HOME_OF_PYTHON}/{python}",
             "bin/python3": "python",
             f"bin/{python}": "python",
@@ -127,6 +165,8 @@ class Plan:
     lock: Lock
     base_lock: BaseLock | None
     """The base's Debian packages; None for a base that is an image."""
+    system_lock: BaseLock | None = None
+    """The base's Debian packages and those that the variant adds; None if it adds none."""
     config: ImageConfig
     environment: Environment
     expectation: Expectation
@@ -138,12 +178,26 @@ class Plan:
     """The program that the image carries to validate itself."""
 
     @property
+    def programs(self) -> Mapping[str, bytes]:
+        """The image's own programs besides the validator, by the names they have beside its Python."""
+        return {
+            name.rpartition("/")[2]: content for name, content in self.files.items() if name.startswith(f"{PROGRAMS}/")
+        }
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """The directories that the image's user and group 0 can write, besides those of every image."""
+        return tuple(sorted(self.cell.variant.directories))
+
+    @property
     def digest(self) -> str:
         """Hex SHA-256 of all that decides what the image is: its files, the validator and the base's lock."""
         content = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
         content["validator"] = hashlib.sha256(self.validator).hexdigest()
         if self.base_lock is not None:
             content["base"] = self.base_lock.digest
+        if self.system_lock is not None:
+            content["system"] = self.system_lock.digest
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -153,6 +207,11 @@ def _configuration(cell: Cell, expectation: Expectation) -> ImageConfig:
         "NVIDIA_VISIBLE_DEVICES": "all",
         "NVIDIA_DRIVER_CAPABILITIES": "compute,utility",
     }  # fmt: skip
+    tools = []
+    if toolkit_of(cell):
+        home = toolkit.home(cuda=cell.cuda, base=cell.base, packages=f"{PREFIX}/{LIBRARY}/site-packages")
+        cuda["CUDA_HOME"] = home
+        tools = [f"{home}/bin"]
     title = f"PyTorch {cell.torch}, " + ("CPU" if cell.cuda == "cpu" else f"CUDA {cell.cuda}, cuDNN {cell.cudnn}")
     versions = {
         "torch": expectation.torch,
@@ -160,11 +219,14 @@ def _configuration(cell: Cell, expectation: Expectation) -> ImageConfig:
         "cudnn": expectation.cudnn,
         "nccl": expectation.nccl,
         "python": cell.python,
+        "toolkit": toolkit_of(cell),
     }
     init = "/usr/bin/tini" if isinstance(cell.base, BootstrapBase) else cell.base.init
+    program = f"{PROGRAM}{cell.variant.program}" if cell.variant.program else None
+    shell = "bash" if isinstance(cell.base, BootstrapBase) else "python"
     return ImageConfig(
         env={
-            "PATH": f"{PREFIX}/bin:{SYSTEM_PATH}",
+            "PATH": ":".join((f"{PREFIX}/bin", *tools, SYSTEM_PATH)),
             "VIRTUAL_ENV": PREFIX,
             "LANG": "C.UTF-8",
             # With these, a user id that /etc/passwd does not know still has a name and a place for caches.
@@ -182,8 +244,20 @@ def _configuration(cell: Cell, expectation: Expectation) -> ImageConfig:
         },
         user=USER,
         workdir=WORKDIR,
-        entrypoint=(init, "--") if init else (),
-        cmd=("bash",) if isinstance(cell.base, BootstrapBase) else ("python",),
+        entrypoint=(*((init, "--") if init else ()), f"{PREFIX}/bin/{START}"),
+        cmd=(program or shell,),
+        exposed_ports=(f"{cell.variant.port}/tcp",) if cell.variant.port else (),
+        healthcheck=Healthcheck(command=(program, "--health")) if program else None,
+    )
+
+
+def profile_of(config: ImageConfig) -> str:
+    """Return what puts the directories of the image's own programs first again in a login shell."""
+    system = SYSTEM_PATH.split(":")
+    own = ":".join(place for place in config.env["PATH"].split(":") if place not in system)
+    return (
+        "# /etc/profile has set PATH anew, without the directories of the image's own programs.\n"
+        f'[ "${{PATH#{own}:}}" != "$PATH" ] || PATH="{own}:$PATH"\n'
     )
 
 
@@ -203,13 +277,22 @@ def expectation_of(cell: Cell, lock: Lock) -> Expectation:
 
 
 def image_json(
-    cell: Cell, lock: Lock, base_lock: BaseLock | None, *, config: ImageConfig, expectation: Expectation, epoch: int
+    cell: Cell,
+    lock: Lock,
+    base_lock: BaseLock | None,
+    system_lock: BaseLock | None,
+    *,
+    config: ImageConfig,
+    expectation: Expectation,
+    epoch: int,
 ) -> dict[str, Any]:
     """Return what images/<cell>/image.json holds: everything the image must turn out to be."""
     base: dict[str, Any] = {"name": cell.base_name, "kind": cell.base.kind, "image": cell.base.image}
     if isinstance(cell.base, BootstrapBase):
         assert base_lock is not None
         base |= {"suite": cell.base.suite, "lock": f"sha256:{base_lock.digest}"}
+    if system_lock is not None:
+        base |= {"system": list(cell.variant.system), "system_lock": f"sha256:{system_lock.digest}"}
     return {
         "schema": SCHEMA,
         "id": cell.id,
@@ -219,6 +302,10 @@ def image_json(
         "cudnn": str(cell.cudnn) if cell.cudnn else None,
         "cudnn_is_stock": cell.cudnn_is_stock,
         "variant": cell.variant_name,
+        "companions": list(cell.companions),
+        "program": cell.variant.program,
+        "port": cell.variant.port,
+        "toolkit": toolkit_of(cell),
         "platform": cell.platform,
         "base": base,
         "lock": f"sha256:{locks.digest_of(locks.dumps(lock))}",
@@ -281,12 +368,44 @@ def _printed(templates: Path, name: str, **values: object) -> str:
         ) from error
 
 
-def render(cell: Cell, lock: Lock, base_lock: BaseLock | None, *, templates: Path) -> Plan:
+def programs_of(cell: Cell, *, templates: Path, **values: object) -> dict[str, bytes]:
+    """Return the programs that every image has and the one its variant runs, by name; raises MatrixError if one lacks.
+
+    A template is shell with Jinja (`start.sh.j2`), or Python as it is (`serve.py`).
+    """
+    found: dict[str, bytes] = {}
+    for name in ("start", *((cell.variant.program,) if cell.variant.program else ())):
+        shell, python = templates / PROGRAMS / f"{name}.sh.j2", templates / PROGRAMS / f"{name}.py"
+        if python.is_file():
+            found[f"{PROGRAM}{name}"] = python.read_bytes()
+        elif shell.is_file():
+            found[f"{PROGRAM}{name}"] = _printed(templates, f"{PROGRAMS}/{shell.name}", cell=cell, **values).encode()
+        else:
+            raise MatrixError(
+                f"there is no template for the program {name}",
+                where=f"variants.{cell.variant_name}.program",
+                why=f"looked for {shell.name} and {python.name} in {templates / PROGRAMS}",
+            )
+    return found
+
+
+def render(
+    cell: Cell, lock: Lock, base_lock: BaseLock | None, system_lock: BaseLock | None = None, *, templates: Path
+) -> Plan:
     """Return the plan of the cell; the same inputs give the same bytes."""
     expectation = expectation_of(cell, lock)
     config = _configuration(cell, expectation)
     environment = environment_of(cell)
-    epoch = max(lock.epoch, base_lock.epoch if base_lock else 0)
+    epoch = max(lock.epoch, *(one.epoch for one in (base_lock, system_lock) if one), 0)
+    programs = programs_of(
+        cell,
+        templates=templates,
+        config=config,
+        driver=str(cell.driver) if cell.driver else None,
+        prefix=PREFIX,
+        home=HOME,
+        image_json=IMAGE_JSON,
+    )
     dockerfile = _printed(
         templates,
         "Dockerfile.j2",
@@ -299,14 +418,19 @@ def render(cell: Cell, lock: Lock, base_lock: BaseLock | None, *, templates: Pat
         library=LIBRARY,
         uncompiled=UNCOMPILED,
         image_json=IMAGE_JSON,
+        profile={"path": PROFILE, "text": profile_of(config)},
         validator=VALIDATOR,
+        programs=PROGRAMS,
+        # What is new below these is given the image's time.
+        roots=sorted({f"/{PurePosixPath(path).parts[1]}" for path in cell.variant.directories}),
         directory=f"images/{cell.id}",
     )
-    declared = image_json(cell, lock, base_lock, config=config, expectation=expectation, epoch=epoch)
+    declared = image_json(cell, lock, base_lock, system_lock, config=config, expectation=expectation, epoch=epoch)
     return Plan(
         cell=cell,
         lock=lock,
         base_lock=base_lock,
+        system_lock=system_lock,
         config=config,
         environment=environment,
         expectation=expectation,
@@ -316,6 +440,7 @@ def render(cell: Cell, lock: Lock, base_lock: BaseLock | None, *, templates: Pat
             "image.json": (json.dumps(declared, indent=2, ensure_ascii=False) + "\n").encode(),
             "pylock.toml": locks.dumps(lock).encode(),
             "requirements.txt": locks.requirements_txt(lock).encode(),
+            **{f"{PROGRAMS}/{name}": content for name, content in programs.items()},
         },
         validator=bundle(),
     )

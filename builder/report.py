@@ -67,12 +67,13 @@ class Skip(StrEnum):
     UNSUPPORTED_BY_DEVICE = "unsupported_by_device"
     NOT_DECLARED = "not_declared"
     NEEDS_OTHER_USER = "needs_other_user"
+    NOT_THIS_KIND = "not_this_kind"
     BUDGET = "budget"
 
     @property
     def excuses(self) -> bool:
         """Whether a required check may be skipped for it: there is nothing that it could have found."""
-        return self in (Skip.NOT_DECLARED, Skip.NEEDS_OTHER_USER)
+        return self in (Skip.NOT_DECLARED, Skip.NEEDS_OTHER_USER, Skip.NOT_THIS_KIND)
 
 
 class Blame(StrEnum):

@@ -21,6 +21,7 @@ _DROPPED: tuple[tuple[str, str], ...] = (
     (r"(etc/\.pwd\.lock|var/lib/dpkg/(lock|lock-frontend|triggers/Lock))", "lock files"),
     (r"var/lib/dpkg/(.*-old|available)", "backups, and a file only dselect reads"),
     (r"var/cache/debconf/.*-old", "backups"),
+    (r"var/lib/ucf/(hashfile|registry)\.[0-9]+", "backups"),
     (r"var/cache/ldconfig/.+", "inode numbers and times"),
     (r"var/cache/(apt|man|fontconfig)/.+\.(bin|gz|cache-[0-9]+|uuid)", "indexes made from other files"),
     (r"var/lib/apt/(extended_states|periodic/.*)", "in the base every package was asked for, by the lock"),

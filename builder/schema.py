@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar, Union
@@ -62,6 +63,22 @@ def _visible(value: str) -> str:
 def _free(name: str) -> str:
     if name in ("HOME", "LOGNAME", "PATH", "VIRTUAL_ENV"):
         raise ValueError(f"{name} is set by torchyard: images would not find their own Python or home without it")
+    return name
+
+
+_SYSTEM = re.compile(r"bin|boot|dev|etc|home|lib|lib32|lib64|opt|proc|root|run|sbin|sys|tmp|usr|workspace")
+
+
+def _apart(path: str) -> str:
+    parts = path.split("/")[1:]
+    if _SYSTEM.fullmatch(parts[0]) or {".", ".."} & set(parts):
+        raise ValueError("it is a directory apart from the system's and torchyard's own: /cache, /data/models")
+    return path
+
+
+def _unreserved(name: str) -> str:
+    if name in ("start", "validate"):
+        raise ValueError(f"torchyard-{name} is in every image; choose another name")
     return name
 
 
@@ -157,6 +174,19 @@ EnvValue = Annotated[
 AbsolutePath = Annotated[
     str, _matching(r"/[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*", "it is an absolute path: /usr/bin/tini")
 ]
+WritableDirectory = Annotated[AbsolutePath, AfterValidator(_apart)]
+ProgramName = Annotated[
+    str,
+    _matching(
+        r"[a-z](?:-?[a-z0-9])*",
+        "a program is named by small letters and digits with single hyphens: notebook",
+        max_length=30,
+    ),
+    AfterValidator(_unreserved),
+]
+Port = Annotated[int, Field(ge=1024, le=65535)]
+"""Below 1024 a user without privileges may not listen."""
+CompanionName = Literal["torchvision", "torchaudio"]
 IndexUrl = Annotated[
     str,
     _matching(
@@ -238,14 +268,27 @@ class ImageBase(_Model):
     init: AbsolutePath | None = Field(
         default=None, description="an init in the image to run as process 1, such as /usr/bin/tini"
     )
+    toolkit: CudaVersion | None = Field(
+        default=None, description="the CUDA toolkit that the image has in /usr/local/cuda, if any: 12.8"
+    )
 
 
 class Variant(_Model):
     """What an image is for."""
 
     description: Sentence
+    extends: Name | None = Field(default=None, description="a variant whose packages, env and directories it has too")
     packages: tuple[PackageRequirement, ...] = Field(default=(), description="Python packages besides torch")
+    system: tuple[DebName, ...] = Field(default=(), description="Debian packages on top of a bootstrap base")
     env: Mapping[EnvName, EnvValue] = Field(default_factory=dict)
+    directories: tuple[WritableDirectory, ...] = Field(
+        default=(), description="directories that the user and any user of group 0 can write"
+    )
+    toolkit: bool = Field(default=False, description="whether it has nvcc of the CUDA that torch was built for")
+    program: ProgramName | None = Field(
+        default=None, description="what the image runs: torchyard-<program>, made from templates/programs/<program>.*"
+    )
+    port: Port | None = Field(default=None, description="where the program listens: a port from 1024 to 65535")
 
 
 class Selector(_Model):
@@ -274,6 +317,9 @@ class Include(_Model):
     base: Some[Name] | None = None
     variant: Some[Name] | None = None
     platform: Some[PlatformName] | None = None
+    companions: tuple[CompanionName, ...] = Field(
+        default=(), description="libraries that are released for one torch each, in the version that fits"
+    )
     reason: Sentence | None = None
 
 

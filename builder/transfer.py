@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from builder.fetching import PARALLEL, Progress, check_stop, start_over
 from builder.foreign import reason
 from builder.store import BlobWriter
 
-__all__ = ["Client", "Response", "Source"]
+__all__ = ["Client", "Patience", "Response", "Source"]
 
 RETRYABLE = (408, 425, 429, 500, 502, 503, 504)
 ATTEMPTS = 6
@@ -78,6 +78,38 @@ class _Retry(Retry):
         return None if wait_s is None else min(wait_s, RETRY_AFTER_MAX_S)
 
 
+class Patience:
+    """How often what failed is tried again, and how long is waited before: longer each time, or as the server says."""
+
+    def __init__(self, stop: threading.Event | None = None) -> None:
+        """Break off waiting when `stop` is set."""
+        self._stop = stop
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew: something was achieved."""
+        self._left, self._delay_s = ATTEMPTS - 1, BACKOFF_S
+
+    def wait(self, response: Response | None = None) -> bool:
+        """Wait, and return whether to try again; `response` is the refusal, if there was an answer at all."""
+        if not self._left:
+            return False
+        told_s = None if response is None else _told_s(response)
+        if response is not None and response.status_code == 401:
+            told_s = 0.0  # the next request has another log-in
+        _pause(told_s if told_s is not None else self._delay_s * (1 + random.random() / 2), self._stop)  # noqa: S311 (jitter, not a secret)
+        self._left, self._delay_s = self._left - 1, min(2 * self._delay_s, BACKOFF_MAX_S)
+        return True
+
+
+def _told_s(response: Response) -> float | None:
+    """Return how long an answer asks to wait, if it does."""
+    try:
+        return _Retry().get_retry_after(response.raw)
+    except Urllib3Error:  # a header that is none
+        return None
+
+
 class _BareSession(requests.Session):
     """A session that follows no redirection and logs in nowhere by itself."""
 
@@ -103,11 +135,13 @@ class Client:
     A bare client leaves redirections and log-ins to its user.
     """
 
-    def __init__(self, *, bare: bool = False, methods: Iterable[str] = ("GET", "HEAD")) -> None:
-        """Repeat requests of `methods`."""
+    def __init__(
+        self, *, bare: bool = False, methods: Iterable[str] = ("GET", "HEAD"), attempts: int = ATTEMPTS
+    ) -> None:
+        """Repeat requests of `methods`; with one of `attempts`, none."""
         self.session = _BareSession() if bare else requests.Session()
         retry = _Retry(
-            total=ATTEMPTS - 1,
+            total=attempts - 1,
             status_forcelist=RETRYABLE,
             allowed_methods=tuple(methods),
             backoff_factor=BACKOFF_S,
@@ -130,15 +164,17 @@ class Client:
         url: str,
         *,
         headers: Mapping[str, str] | None = None,
-        params: Mapping[str, str] | None = None,
-        data: Mapping[str, str] | None = None,
+        params: Mapping[str, str | Sequence[str]] | None = None,
+        data: Mapping[str, str] | bytes | Iterable[bytes | memoryview] | None = None,
         stream: bool = False,
         verify: bool | None = None,
         proxies: Mapping[str, str] | None = None,
+        patience_s: float = STALL_S,
     ) -> Response:
         """Return the answer of whatever status; raises OSError if there is none, ValueError for a URL that is none.
 
-        `stream` leaves its body unread; `verify` and `proxies` are requests' own.
+        `stream` leaves its body unread; `verify` and `proxies` are requests' own. The answer may begin `patience_s`
+        after the last byte was sent.
         """
         try:
             return self.session.request(
@@ -146,13 +182,13 @@ class Client:
                 url,
                 headers=headers,
                 params=params,
-                data=data,
+                data=data,  # type: ignore[arg-type] # a socket takes a memoryview as it takes bytes
                 stream=stream,
                 verify=verify,
                 proxies=dict(proxies or {}),
                 # A HEAD is followed as well: it asks about the file, wherever that is.
                 allow_redirects=True,
-                timeout=(CONNECT_TIMEOUT_S, STALL_S),
+                timeout=(CONNECT_TIMEOUT_S, patience_s),
             )
         except Urllib3Error as error:  # requests lets some of them pass, and its own are OSErrors
             raise requests.RequestException(error) from error

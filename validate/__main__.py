@@ -190,7 +190,13 @@ def _run(
         os.chmod(scratch, 0o777)  # noqa: S103, PTH101
         results = runner.run(
             wanted,
-            check.Request(declared=declared, options=numbers, device=asked.device, scratch=scratch),
+            check.Request(
+                declared=declared,
+                image=subject.get("kind") == "image",
+                options=numbers,
+                device=asked.device,
+                scratch=scratch,
+            ),
             root=bundle.root(),
             driver=driver,
             required=required,

@@ -40,6 +40,8 @@ class Request:
 
     declared: Optional[Mapping[str, Any]] = None
     """What the image was declared to be, its `image.json`; None for an image of somebody else."""
+    image: bool = False
+    """Whether it is an image in a container of its own; a machine, and whatever the suite was started in, is none."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The profile's numbers, overridden by the command line."""
     device: str = "cuda:0"
@@ -51,6 +53,7 @@ class Request:
         """Return the request as it travels to a check's process."""
         return {
             "declared": None if self.declared is None else dict(self.declared),
+            "image": self.image,
             "options": dict(self.options),
             "device": self.device,
             "scratch": self.scratch,
@@ -61,6 +64,7 @@ class Request:
         """Read what `as_json` gave."""
         return cls(
             declared=document["declared"],
+            image=document["image"],
             options=document["options"],
             device=document["device"],
             scratch=document["scratch"],

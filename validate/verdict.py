@@ -41,6 +41,8 @@ class Skip(str, Enum):
     """There is nothing to compare with: the image says nowhere what it should be."""
     NEEDS_OTHER_USER = "needs_other_user"
     """Only root can try what another user could do."""
+    NOT_THIS_KIND = "not_this_kind"
+    """The image is for something else: it has not what the check is about."""
     BUDGET = "budget"
     """The time given to the whole run was used up."""
 
@@ -59,7 +61,7 @@ PASSED, FAILED, USAGE, HARNESS, SKIPPED, WARNED = range(6)
 what was required did not run, or nothing that was required is proven. WARNED: warnings under --strict."""
 
 ON_SKIP = ("fail", "warn", "pass")
-EXCUSED = (Skip.NOT_DECLARED, Skip.NEEDS_OTHER_USER)
+EXCUSED = (Skip.NOT_DECLARED, Skip.NEEDS_OTHER_USER, Skip.NOT_THIS_KIND)
 """Reasons for which a required check may be skipped: there is nothing it could have found."""
 
 

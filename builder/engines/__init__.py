@@ -162,6 +162,9 @@ class Host(Runner, Protocol):
     def holds(self, digest: str) -> bool:
         """Tell whether the engine has all of the image's layers, as far as it can say."""
 
+    def whole(self) -> tuple[str, ...]:
+        """Return the digests of the images of which the engine has every byte, as far as it can say."""
+
     def unproven_name(self, cell_id: str) -> str:
         """Return the name under which a cell's image is loaded until it is proven."""
 

@@ -236,9 +236,11 @@ class DockerEngine:
             context, wheels, metadata = work / "context", work / "wheels", work / "metadata.json"
             context.mkdir()
             for filename, content in plan.files.items():
-                (context / filename).write_bytes(content)
+                path = context / filename
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
                 # BuildKit takes over modes: they must not depend on the umask.
-                (context / filename).chmod(0o644)
+                path.chmod(0o644)
             store.link(wheels, {wheel.filename: wheel.sha256 for wheel in plan.lock.wheels})
             (wheels / VALIDATOR).write_bytes(plan.validator)
             command = [
@@ -511,6 +513,16 @@ class DockerEngine:
         answer.raise_for_status()
         manifests = answer.json().get("Manifests") or ()
         return all(manifest.get("Available", True) for manifest in manifests)
+
+    @_translated
+    def whole(self) -> tuple[str, ...]:
+        """Return the digests of the images of which the engine has every byte; one older than Docker 28 names none."""
+        api = self.client.api
+        url = f"{api.base_url}/v{api.api_version}/images/json"
+        answer = api.get(url, params={"manifests": "true"}, timeout=WORK_S)
+        answer.raise_for_status()
+        manifests = [manifest for image in answer.json() for manifest in image.get("Manifests") or ()]
+        return tuple(str(manifest["ID"]) for manifest in manifests if manifest.get("Available"))
 
     def build_cache(self) -> frozenset[str]:
         """Return the ids of what BuildKit keeps at the moment."""

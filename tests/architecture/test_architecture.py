@@ -21,22 +21,25 @@ ROOT = Path(__file__).parents[2]
 ORDER = (
     "errors",
     # What people decide.
-    "facts", "compat", "schema", "reading", "matrix",
+    "facts", "compat", "schema", "toolkit", "reading", "matrix", "aliases",
     # The store, and what fills it.
     "store", "foreign", "fetching", "transfer", "index", "lock",
     # The base: a file system of Debian packages.
-    "program", "tar", "compress", "layout", "reference", "credentials", "registry", "rootfs", "debian", "baselock",
-    "bootstrap", "base",
+    "program", "tar", "compress", "layout", "reference", "credentials", "registry", "upload", "journal", "rootfs",
+    "difference", "debian", "baselock", "bootstrap", "base",
     # From a plan to a proven image.
     "render", "engines",
     # The engine that makes layers of wheels.
     "engines.oci.wheel", "engines.oci.install", "engines.oci.evidence", "engines.oci.recipe", "engines.oci.splice",
-    "engines.oci.bytecode", "engines.oci.foundation", "engines.oci.stack", "engines.oci.layers", "engines.oci",
+    "engines.oci.bytecode", "engines.oci.contents", "engines.oci.foundation", "engines.oci.stack", "engines.oci.layers",
+    "engines.oci.inventory", "engines.oci",
     # Its neighbours, and what uses them.
-    "engines.*", "export", "proof", "build", "validate",
+    "engines.*", "export", "proof", "build", "size", "licences", "validate",
     # What a validation found, and the forms it is read in.
     "report", "reports.plots", "reports.figures", "reports.junit_xml", "reports.summary", "reports.textfile",
     "reports.page", "reports",
+    # Publishing.
+    "gate", "push",
     # A project on disk, and the command line.
     "project", "update", "console", "cli", "__main__",
 )  # fmt: skip
@@ -58,8 +61,18 @@ ONLY_IN: Mapping[str, frozenset[str]] = {
 }
 SHARED = frozenset({"validate.bundle", "validate.explain"})
 """What of the suite the builder uses on this side: the suite as a file, and the catalogue of failures."""
-LOOKED_FOR = frozenset({("validate.check", "?"), ("validate.installed", "?"), ("validate.checks.environment", "numpy")})
-"""What the suite imports by name, for it may not be there: its own checks, `packaging` wherever it lies, NumPy."""
+LOOKED_FOR = frozenset(
+    {
+        ("validate.check", "?"),
+        ("validate.installed", "?"),
+        ("validate.checks.environment", "numpy"),
+        ("validate.checks.companions", "?"),
+        ("validate.checks.companions", "torchvision"),
+        ("validate.checks.companions", "torchaudio"),
+    }
+)
+"""What the suite imports by name, for it may not be there: its own checks, `packaging` wherever it lies, NumPy and the
+libraries that are released for one torch each."""
 EXITS = frozenset({"builder.cli", "validate.__main__", "validate.child"})
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import yaml
 
 from builder import base as bases
+from builder.engines.docker import DockerEngine
 from builder.matrix import Cell
 from builder.project import Project
 from builder.store import Store
@@ -31,6 +33,8 @@ ENGINES: Mapping[str, tuple[str, ...]] = {"oci": ("--load",), "docker": ("--engi
 PROOF = {"oci": ["bytes", "container"], "docker": ["container"]}
 NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere/docker.sock"}
 CPU = "torch2.13.0-cpu-py3.11-bookworm-runtime"
+CUDA = "torch2.15.0-cu132-cudnn9.26.0.51-py3.11-bookworm-runtime"
+CUDA_NEEDS_GB = 15
 REAL_REPOSITORY = "torchyard-test-real"
 
 
@@ -98,10 +102,12 @@ def new_store(root: Path, *cells: Cell, wheels: Iterable[str] = ()) -> None:
     for cell in cells:
         lock = project.base_lock(cell)
         assert lock is not None
-        bases.fetch(lock, user)
-        layout = bases.make(lock, user).layout
-        shutil.copytree(layout, store.root / "layouts" / layout.name, copy_function=_link, dirs_exist_ok=True)
-        blobs |= {deb.sha256 for deb in lock.debs}
+        system = project.system_lock(cell)
+        for one in (lock, *([system] if system else [])):
+            bases.fetch(one, user)
+            blobs |= {deb.sha256 for deb in one.debs}
+        for layout in {bases.make(lock, user).layout, bases.make(lock, user, system=system).layout}:
+            shutil.copytree(layout, store.root / "layouts" / layout.name, copy_function=_link, dirs_exist_ok=True)
     for sha256 in blobs:
         _link(user.path(sha256), store.path(sha256))
 
@@ -250,6 +256,38 @@ def cpu_oci(real: Real, client: docker.DockerClient) -> Built:
 @pytest.fixture(scope="session")
 def cpu_docker(real: Real, client: docker.DockerClient) -> Built:
     return _built(real, client, "docker")
+
+
+@pytest.fixture(scope="session")
+def variant_image(real: Real) -> Callable[[str], str]:
+    """Return a function from a variant's name to its CPU cell's image, proven and in the engine; built once a run."""
+
+    @functools.cache
+    def image(variant: str) -> str:
+        ran = real.run("build", f"torch2.13.0-cpu-*-{variant}", *ENGINES["oci"], "--keep", "--json")
+        assert ran.code == 0, ran.err
+        (document,) = ran.document
+        assert document["proof"] == PROOF["oci"]
+        return str(document["tags"][0])
+
+    return image
+
+
+@pytest.fixture(scope="session")
+def cuda_oci(real: Real, request: pytest.FixtureRequest) -> Built:
+    """A CUDA cell; it takes 3 GB of wheels, minutes, and the room that it is skipped for, loudly, where that lacks."""
+    if not (os.environ.get("CI") or os.environ.get("TORCHYARD_TEST_CUDA")):
+        pytest.skip("takes 3 GB of downloads and minutes: set TORCHYARD_TEST_CUDA=1 (CI does it always)")
+    free_gb = shutil.disk_usage(DockerEngine().disk or "/").free / 1e9
+    if free_gb < CUDA_NEEDS_GB:
+        message = f"NO CUDA CELL WAS BUILT: {free_gb:.0f} GB are free, {CUDA_NEEDS_GB} are needed"
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            sys.stderr.write(f"\n{'!' * 80}\n{message}\n{'!' * 80}\n")
+        pytest.skip(message)
+    ran = real.run("build", CUDA, "--load", "--keep", "--rebuild", "--json", timeout_s=1700)
+    assert ran.code == 0, ran.err
+    (document,) = ran.document
+    return Built(name=real.cell(CUDA).tags[0], document=document)
 
 
 def _built(real: Real, client: docker.DockerClient, engine: str) -> Built:

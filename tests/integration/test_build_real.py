@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import sys
 from pathlib import Path
 
 import docker
 import pytest
 
-from builder.engines.docker import DockerEngine
-from tests.integration.conftest import CPU, NO_ENGINE, REAL_REPOSITORY, ROOT, Built, Real, new_store
+from tests.integration.conftest import CPU, NO_ENGINE, PROOF, REAL_REPOSITORY, ROOT, Built, Real, new_store
 
 pytestmark = [
     pytest.mark.engine,
@@ -21,9 +18,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
 ]
-
-CUDA = "torch2.15.0-cu132-cudnn9.26.0.51-py3.11-bookworm-runtime"
-CUDA_NEEDS_GB = 15
 
 
 @pytest.fixture(params=["oci", "docker"])
@@ -108,21 +102,7 @@ def test_pip_can_install_and_uninstall(client: docker.DockerClient, cpu: Built, 
 
 
 @pytest.mark.timeout(1800)
-def test_a_cuda_cell(client: docker.DockerClient, real: Real, capsys: pytest.CaptureFixture[str]) -> None:
-    if not (os.environ.get("CI") or os.environ.get("TORCHYARD_TEST_CUDA")):
-        pytest.skip("takes 3 GB of downloads and minutes: set TORCHYARD_TEST_CUDA=1 (CI does it always)")
-    free_gb = shutil.disk_usage(DockerEngine().disk or "/").free / 1e9
-    if free_gb < CUDA_NEEDS_GB:
-        message = f"NO CUDA CELL WAS BUILT: {free_gb:.0f} GB are free, {CUDA_NEEDS_GB} are needed"
-        with capsys.disabled():
-            sys.stderr.write(f"\n{'!' * 80}\n{message}\n{'!' * 80}\n")
-        pytest.skip(message)
-    ran = real.run("build", CUDA, "--load", "--rebuild", "--json", timeout_s=1700)
-    try:
-        assert ran.code == 0, ran.err
-        (document,) = ran.document
-        assert document["proof"] == ["bytes", "container"]
-        code = "import torch; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version())"
-        assert run(client, document["digest"], code) == "2.15.0+cu132 13.2 92600"
-    finally:
-        DockerEngine().untag(real.cell(CUDA).tags)
+def test_a_cuda_cell(client: docker.DockerClient, cuda_oci: Built) -> None:
+    assert cuda_oci.document["proof"] == PROOF["oci"]
+    code = "import torch; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version())"
+    assert run(client, cuda_oci.document["digest"], code) == "2.15.0+cu132 13.2 92600"

@@ -76,7 +76,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     if shutil.which("mmdebstrap") is None:
         pytest.skip("mmdebstrap is not installed")
     store = Store.open(tmp_path_factory.mktemp("home"))
-    lock = base.lock(suite="bookworm", architecture="amd64", packages=PACKAGES)
+    (lock,) = base.lock(suite="bookworm", architecture="amd64", packages=PACKAGES)
     base.fetch(lock, store)
     found = base.make(lock, store)
     # Unique: an engine that still has the bytes of an earlier run would not look at those that it is sent.
@@ -182,7 +182,10 @@ def test_layers_that_the_engine_holds_need_not_be_sent(made: Made, engine: Docke
     omit = {layer.blob.digest for layer in first.layers}
     engine.load(export.archive(made.store, second, tags=["torchyard-export-test:2"], omit=omit))
     assert not engine.holds(second.manifest.digest), "nobody had sent the layer"
+    assert second.manifest.digest not in engine.whole()
     engine.load(export.archive(made.store, first, tags=["torchyard-export-test:1"]))
+    assert first.manifest.digest in engine.whole()
+    assert export.layers_of(made.store, first.manifest.digest) == tuple(layer.blob.digest for layer in first.layers)
     engine.load(export.archive(made.store, second, tags=["torchyard-export-test:2"], omit=omit))
     assert engine.holds(second.manifest.digest)
     engine.client.images.remove("torchyard-export-test:1")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import socket
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urljoin
@@ -21,10 +17,7 @@ from builder.errors import SourceError
 from builder.layout import Image
 from builder.registry import pull
 from builder.store import Store
-
-USER, PASSWORD = "user", "s3cret-canary"
-HTPASSWD = f"{USER}:$2b$04$abcdefghijklmnopqrstuuMW7rijBXKQMxQs6A55XYLyzdzLF4c5S\n"
-"""The password as bcrypt has it, at its lowest cost."""
+from tests.support.docker_registry import PASSWORD, USER, DockerRegistry, registries
 
 REPOSITORY = "team/app"
 
@@ -34,44 +27,14 @@ Start = Callable[..., str]
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start Debian's docker-registry on a free loopback port; returns its host and port."""
-    running: list[subprocess.Popen[bytes]] = []
+    with registries() as running:
 
-    def run(*, closed: bool = False) -> str:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        configuration = {
-            "version": 0.1,
-            "storage": {"filesystem": {"rootdirectory": str(tmp_path / "data")}},
-            "http": {"addr": f"127.0.0.1:{port}"},
-        }
-        if closed:
-            (tmp_path / "htpasswd").write_text(HTPASSWD)
-            configuration["auth"] = {"htpasswd": {"realm": "test", "path": str(tmp_path / "htpasswd")}}
-        file = tmp_path / "config.yml"
-        file.write_text(json.dumps(configuration))
-        try:
-            process = subprocess.Popen(
-                ["docker-registry", "serve", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-        except FileNotFoundError:
-            reason = "docker-registry (Debian's package of that name) is not installed"
-            if os.environ.get("CI"):
-                pytest.fail(f"needed in CI: {reason}", pytrace=False)
-            pytest.skip(reason)
-        running.append(process)
-        for _ in range(100):
-            try:
-                requests.get(f"http://127.0.0.1:{port}/v2/", timeout=1)
-                break
-            except requests.ConnectionError:
-                time.sleep(0.1)
-        return f"127.0.0.1:{port}"
+        def one(*, closed: bool = False) -> str:
+            registry = DockerRegistry(root=tmp_path, closed=closed)
+            running.append(registry)
+            return registry.start()
 
-    yield run
-    for process in running:
-        process.terminate()
-        process.wait(timeout=20)
+        yield one
 
 
 @pytest.fixture

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +28,6 @@ from builder.lock import Wheel
 from builder.store import Store
 from builder.validate import Asked, Subject
 from tests.integration.conftest import CPU, Built, Real, remove, torchyard
-from tests.integration.test_build_real import CUDA, CUDA_NEEDS_GB
 from tests.support.wheels import wheel
 
 pytestmark = [
@@ -358,24 +354,6 @@ def test_a_python_that_says_that_all_is_well(hostile: Callable[[str], str], watc
 # --------------------------------------------------------------------------- CUDA
 
 
-@pytest.fixture
-def cuda(real: Real, client: docker.DockerClient, capsys: pytest.CaptureFixture[str]) -> Iterator[str]:
-    if not (os.environ.get("CI") or os.environ.get("TORCHYARD_TEST_CUDA")):
-        pytest.skip("takes 3 GB of downloads and minutes: set TORCHYARD_TEST_CUDA=1 (CI does it always)")
-    engine = DockerEngine()
-    free_gb = shutil.disk_usage(engine.disk or "/").free / 1e9
-    if free_gb < CUDA_NEEDS_GB:
-        message = f"NO CUDA CELL WAS BROKEN: {free_gb:.0f} GB are free, {CUDA_NEEDS_GB} are needed"
-        with capsys.disabled():
-            sys.stderr.write(f"\n{'!' * 80}\n{message}\n{'!' * 80}\n")
-        pytest.skip(message)
-    ran = real.run("build", CUDA, "--load", "--json", timeout_s=1700)
-    assert ran.code == 0, ran.err
-    yield real.cell(CUDA).tags[0]
-    engine.untag(real.cell(CUDA).tags)
-    engine.client.close()
-
-
 def stale_nccl(real: Real) -> Wheel:
     """Return another cell's NCCL, for CUDA 12, fetched if no cell of this machine has it."""
     cell = next(it for it in real.project.cells if "-cu126-" in it.id)
@@ -385,12 +363,14 @@ def stale_nccl(real: Real) -> Wheel:
 
 
 @pytest.mark.timeout(2400)
-def test_a_stale_nccl_over_that_of_torch(real: Real, cuda: str, make: Make, watched: Watched, tmp_path: Path) -> None:
+def test_a_stale_nccl_over_that_of_torch(
+    real: Real, cuda_oci: Built, make: Make, watched: Watched, tmp_path: Path
+) -> None:
     """A package for CUDA 12 in an image of CUDA 13: both have libnccl.so.2 at one path, and the older one is there."""
     one = stale_nccl(real)
     Store.open().link(tmp_path / "wheels", {one.filename: one.sha256})
     name = make(
-        f"FROM {cuda}\nRUN --mount=type=bind,from=wheels,target=/wheels "
+        f"FROM {cuda_oci.name}\nRUN --mount=type=bind,from=wheels,target=/wheels "
         f"pip install -q --no-index --no-deps --no-cache-dir --no-compile /wheels/{one.filename}\n",
         wheels=tmp_path / "wheels",
     )

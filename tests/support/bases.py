@@ -29,7 +29,7 @@ from builder.index import Configuration, Index
 from builder.layout import Layer
 from builder.lock import Lock
 from builder.matrix import Cell
-from builder.render import Plan, render
+from builder.render import PROGRAMS, Plan, render
 from builder.schema import BootstrapBase
 from builder.store import Store
 from tests.support import cells, evil
@@ -67,15 +67,26 @@ def base_lock(suite: str = "bookworm") -> BaseLock:
     return BaseLock(suite=suite, architecture="amd64", packages=("python3",), epoch=EPOCH, debs=())
 
 
+def system_lock() -> BaseLock:
+    """Return a lock of the base's packages and more, none of which is there."""
+    return replace(base_lock(), packages=("git", "python3"))
+
+
 def fake_base(
     store: Store,
     lock: BaseLock | None = None,
     *,
     entries: Sequence[tar.Entry] | None = None,
+    system: Sequence[tar.Entry] | None = None,
     config: Mapping[str, Any] = CONFIG,
 ) -> BaseImage:
-    """Put a base into the store where the real one of `lock` would be: `base.make` finds it there."""
+    """Put a base into the store where the real one of `lock` would be: `base.make` finds it there.
+
+    With `system`, that on top of which lie the system packages of `system_lock`.
+    """
     lock = lock or base_lock()
+    layers = [layer_of(store, base_entries() if entries is None else entries)]
+    history = [layout.History(created_by="a base")]
 
     def made(*_: object, **__: object) -> layout.Image:
         return layout.assemble(
@@ -83,12 +94,17 @@ def fake_base(
             architecture=lock.architecture,
             config=config,
             epoch=lock.epoch,
-            layers=(layer_of(store, base_entries() if entries is None else entries),),
-            history=(layout.History(created_by="a base"),),
+            layers=tuple(layers),
+            history=tuple(history),
         )
 
-    with mock.patch.object(bases, "_make", made):
-        return bases.make(lock, store)
+    with mock.patch.object(bases, "_make", made), mock.patch.object(bases, "_extend", made):
+        below = bases.make(lock, store)
+        if system is None:
+            return below
+        layers.append(layer_of(store, system))
+        history.append(layout.History(created_by="system packages"))
+        return bases.make(lock, store, system=system_lock())
 
 
 # --------------------------------------------------------------------------- Python
@@ -235,8 +251,9 @@ def lock_of(cell: Cell, wheels: Iterable[FakeWheel]) -> Lock:
 def plan_of(cell: Cell, wheels: Iterable[FakeWheel]) -> Plan:
     lock = base_lock() if isinstance(cell.base, BootstrapBase) else None
     plan = render(cell, lock_of(cell, wheels), lock, templates=ROOT / "templates")
-    # The real one changes with every check; digests in tests do not.
-    return dataclasses.replace(plan, validator=b"#!/opt/venv/bin/python\n")
+    # The real ones change with every check and every word of a message; digests in tests do not.
+    programs = {f"{PROGRAMS}/{name}": f"#!/bin/sh\n# {name}\n".encode() for name in plan.programs}
+    return dataclasses.replace(plan, validator=b"#!/opt/venv/bin/python\n", files={**plan.files, **programs})
 
 
 def wheels_of(cell: Cell, *others: FakeWheel) -> tuple[FakeWheel, ...]:

@@ -38,7 +38,8 @@ class Page:
     def ask(self, method: str, **parameters: Any) -> Mapping[str, Any]:
         return self._browser.ask(method, parameters, self._session)
 
-    def open(self, path: Path, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
+    def open(self, page: Path | str, *, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
+        """Open a file, or an address."""
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.ask(f"{domain}.enable")
         self.ask(
@@ -46,7 +47,7 @@ class Page:
         )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.ask("Emulation.setEmulatedMedia", features=features)
-        self.ask("Page.navigate", url=path.resolve().as_uri())
+        self.ask("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         self._browser.wait_for("Page.loadEventFired", self._session)
 
     def value(self, expression: str) -> Any:

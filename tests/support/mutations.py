@@ -26,8 +26,8 @@ class Mutation:
     says: str
     """Stands in one of the check's findings, or in its detail if it is skipped."""
     status: Status = Status.FAIL
-    needs: Literal["python", "torch"] = "python"
-    """What it runs in: any Python, torch being planted by the prelude; or the CPU cell, with the real torch."""
+    needs: Literal["python", "torch", "llm"] = "python"
+    """What it runs in: any Python, all else being planted by the prelude; the CPU cell; or the CPU cell's llm image."""
     declared: Mapping[str, Any] | None = None
     """The image.json that the environment is held to."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -12,7 +12,8 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
-from builder.layout import Descriptor, Image
+from builder.errors import TorchyardError
+from builder.layout import MEDIA_MANIFEST, Descriptor, Image
 from builder.store import Store
 from tests.support.index_server import Answer
 
-__all__ = ["Answer", "Asked", "RegistryServer", "TokenService"]
+__all__ = ["Answer", "Asked", "Fault", "PushServer", "RegistryServer", "TokenService", "Upload", "text_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,10 @@ class Asked:
     form: Mapping[str, list[str]]
     status: int
     at_s: float
+    kind: str = ""
+    """What it was for, of a registry that is pushed to."""
+    received: int = 0
+    """Bytes of its body that were read."""
 
     @property
     def authorization(self) -> str | None:
@@ -60,14 +66,18 @@ class TokenService:
     identity_token: str | None = None
     token_name: str = "token"
     given: dict[str, float] = field(default_factory=dict)
+    scopes: dict[str, list[str]] = field(default_factory=dict)
+    """What each token opens."""
 
     def answer(self, asked: Mapping[str, list[str]], form: Mapping[str, list[str]], authorization: str | None) -> bytes:
         if form and form.get("refresh_token") != [self.identity_token]:
             return b""
         if self.user and not form and authorization != basic(*self.user):
             return b""
-        assert (form or asked)["scope"], "a token is asked for something"
+        scopes = [scope for text in (form or asked)["scope"] for scope in text.split()]
+        assert scopes, "a token is asked for something"
         token = f"canary-token-{len(self.given)}"
+        self.scopes[token] = scopes
         self.given[token] = time.monotonic() + self.lifetime_s
         answer: dict[str, Any] = {self.token_name: token}
         if self.expires_in is not None:
@@ -172,6 +182,10 @@ class RegistryServer:
 
     # ------------------------------------------------------------------ for the handler
 
+    def _takes(self, handler: _Handler) -> bool:
+        """Answer a request by which something is pushed, if this is one."""
+        return False
+
     def _next(self, path: str) -> Answer:
         with self._guard:
             step = next(self._scripts.get(path, iter(())), Answer())
@@ -187,6 +201,13 @@ class RegistryServer:
         if self.basic is not None and authorization != basic(*self.basic):
             return 'Basic realm="a realm"'
         return None
+
+
+def text_of(error: TorchyardError) -> str:
+    """Return all that an error says."""
+    return "\n".join(
+        "\n".join([problem.what, problem.where, problem.why, *problem.tries]) for problem in error.problems
+    )
 
 
 class _Server(ThreadingHTTPServer):
@@ -214,9 +235,21 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_GET(self) -> None:
-        self._respond({})
+        if not self.registry._takes(self):
+            self._respond({})
+
+    def do_HEAD(self) -> None:
+        assert self.registry._takes(self)
+
+    def do_PUT(self) -> None:
+        assert self.registry._takes(self)
+
+    def do_PATCH(self) -> None:
+        assert self.registry._takes(self)
 
     def do_POST(self) -> None:
+        if self.registry._takes(self):
+            return
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self._respond(parse_qs(body.decode()))
 
@@ -286,3 +319,320 @@ def _part(start: int, headers: dict[str, str], body: bytes) -> tuple[int, dict[s
         return 416, {**headers, "Content-Range": f"bytes */{len(body)}"}, b""
     about = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
     return 206, {**headers, **about}, body[start:]
+
+
+# ----------------------------------------------------------------------------------------------------
+# A registry that is pushed to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What goes wrong with one request to a registry that is pushed to."""
+
+    before: Callable[[], object] | None = None
+    """Happens first: somebody else's doing."""
+    status: int | None = None
+    """Answered instead of doing what is asked."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Of the answer, whatever it is."""
+    body: bytes | None = None
+    """Of the answer, instead of the right one."""
+    cut: int | None = None
+    """Take so many bytes of what is sent, then reset the connection."""
+    lost: bool = False
+    """Do what is asked, then reset the connection instead of answering."""
+
+
+@dataclass(kw_only=True)
+class Upload:
+    """A blob that is being sent."""
+
+    repository: str
+    content: bytearray = field(default_factory=bytearray)
+
+
+class PushServer(RegistryServer):
+    """Repositories that are pushed to, by the distribution specification; what it is asked goes wrong as told."""
+
+    def __init__(self, *, host: str = "127.0.0.1", tls: tuple[Path, Path] | None = None) -> None:
+        super().__init__(host=host, tls=tls)
+        self.blobs: dict[str, dict[str, bytes]] = {}
+        """Repository → digest → content."""
+        self.manifests: dict[str, dict[str, tuple[str, bytes]]] = {}
+        """Repository → digest → media type and content."""
+        self.tags: dict[str, dict[str, str]] = {}
+        self.uploads: dict[str, Upload] = {}
+        self.forgets_broken = False
+        """Whether an upload is lost with the request that broke off: docker-registry has its length in its address."""
+        self.conditional = False
+        """Whether If-Match and If-None-Match are heeded."""
+        self.largest: int | None = None
+        """How long a request may be."""
+        self.begin_headers: dict[str, str] = {}
+        """Of the answer that begins an upload."""
+        self._faults: dict[str, deque[Fault]] = {}
+
+    def fault(self, kind: str, *faults: Fault | int) -> None:
+        """Let the next requests of a kind go wrong; a bare number is a status.
+
+        Kinds: `blob` asks for a blob, `mount`, `begin`, `patch`, `state` and `commit` are of uploads; `look`, `read`,
+        `manifest` (by digest) and `tag` of manifests.
+        """
+        found = [one if isinstance(one, Fault) else Fault(status=one) for one in faults]
+        self._faults.setdefault(kind, deque()).extend(found)
+
+    def of_kind(self, *kinds: str) -> list[Asked]:
+        with self._guard:
+            return [one for one in self.requests if one.kind in kinds]
+
+    @property
+    def received(self) -> int:
+        """Bytes of blobs that were sent, all in all."""
+        return sum(one.received for one in self.of_kind("patch", "commit"))
+
+    def forget(self) -> None:
+        """Drop every upload that is not at its end."""
+        self.uploads.clear()
+
+    def store(self, repository: str, content: bytes) -> str:
+        digest = _digest(content)
+        self.blobs.setdefault(repository, {})[digest] = content
+        return digest
+
+    def tag(self, repository: str, name: str, content: bytes = b'{"schemaVersion": 2}') -> str:
+        """Let somebody push a manifest under a tag; returns its digest."""
+        digest = _digest(content)
+        self.manifests.setdefault(repository, {})[digest] = (MEDIA_MANIFEST, content)
+        self.tags.setdefault(repository, {})[name] = digest
+        return digest
+
+    # ------------------------------------------------------------------ requests
+
+    def _takes(self, handler: _Handler) -> bool:
+        parts = urlsplit(handler.path)
+        if not parts.path.startswith("/v2/"):
+            return False
+        _Exchange(self, handler, parts.path, parse_qs(parts.query)).run()
+        return True
+
+    def _opens(self, authorization: str | None, scopes: Iterable[str]) -> str | None:
+        """Return a challenge unless the log-in opens all of the scopes."""
+        wanted = list(scopes)
+        if self.tokens is None:
+            return self._challenge("", authorization)
+        token = (authorization or "").removeprefix("Bearer ")
+        if self.tokens.opens(authorization) and set(wanted) <= set(self.tokens.scopes[token]):
+            return None
+        # Registries name what this request takes, which is less than what comes next.
+        return f'Bearer realm="{self.realm or self.origin + "/token"}",service="s",scope="{wanted[0]}"'
+
+
+class _Exchange:
+    """One request to a registry that is pushed to, and its answer."""
+
+    def __init__(self, server: PushServer, handler: _Handler, path: str, query: Mapping[str, list[str]]) -> None:
+        self.server, self.handler, self.path, self.query = server, handler, path, query
+        self.method = handler.command
+        found = re.fullmatch(r"/v2/(.+)/(blobs/uploads|blobs|manifests)/([^/]*)", path)
+        assert found, path
+        self.repository, self.part, self.name = found.groups()
+        self.kind = self._kind()
+        with server._guard:
+            faults = server._faults.get(self.kind)
+            self.fault = faults.popleft() if faults else Fault()
+        self.length = int(handler.headers.get("Content-Length") or 0)
+        assert "chunked" not in handler.headers.get("Transfer-Encoding", ""), "the length is known"
+        self.received = 0
+
+    def _kind(self) -> str:
+        if self.part == "blobs/uploads":
+            begins = "mount" if "mount" in self.query else "begin"
+            kinds = {"POST": begins, "PATCH": "patch", "PUT": "commit", "GET": "state"}
+        elif self.part == "blobs":
+            kinds = {"HEAD": "blob", "GET": "fetch"}
+        else:
+            kinds = {"HEAD": "look", "GET": "read", "PUT": "manifest" if self.name.startswith("sha256:") else "tag"}
+        return kinds[self.method]
+
+    def run(self) -> None:
+        if self.fault.before is not None:
+            self.fault.before()
+        scopes = [f"repository:{self.repository}:pull,push"]
+        if self.kind == "mount":
+            scopes.append(f"repository:{self.query['from'][0]}:pull")
+        challenge = self.server._opens(self.handler.headers.get("Authorization"), scopes)
+        if challenge is not None:
+            self._body()
+            self._answer(401, {"WWW-Authenticate": challenge}, _error("UNAUTHORIZED"))
+        elif self.fault.cut is not None:
+            self._cut()
+        elif self.fault.status is not None:
+            self._body()
+            self._answer(self.fault.status, {}, _error("UNKNOWN"))
+        elif self.server.largest is not None and self.length > self.server.largest:
+            self._body()
+            self._answer(413, {})
+        else:
+            self._answer(*getattr(self, f"_{self.kind}")())
+
+    def _body(self, most: int | None = None) -> bytes:
+        content = self.handler.rfile.read(self.length if most is None else min(most, self.length))
+        self.received += len(content)
+        return content
+
+    def _cut(self) -> None:
+        content = self._body(self.fault.cut)
+        if upload := self.server.uploads.get(self.name):
+            upload.content += content
+        self._note(0)
+        self._reset()
+
+    def _reset(self) -> None:
+        connection = self.handler.connection
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        self.handler.close_connection = True
+
+    def _note(self, status: int) -> None:
+        asked = Asked(
+            method=self.method,
+            path=self.path,
+            headers={name.lower(): value for name, value in self.handler.headers.items()},
+            query=self.query,
+            form={},
+            status=status,
+            at_s=time.monotonic(),
+            kind=self.kind,
+            received=self.received,
+        )
+        with self.server._guard:
+            self.server.requests.append(asked)
+
+    def _answer(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+        self._note(status)
+        if self.fault.lost:
+            self._reset()
+            return
+        body = body if self.fault.body is None else self.fault.body
+        self.handler.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers, **self.fault.headers}.items():
+            self.handler.send_header(name, value)
+        self.handler.end_headers()
+        if self.method != "HEAD":
+            self.handler.wfile.write(body)
+
+    # ------------------------------------------------------------------ blobs
+
+    def _blob(self) -> tuple[int, Mapping[str, str]]:
+        content = self.server.blobs.get(self.repository, {}).get(self.name)
+        return (404, {}) if content is None else (200, {"Content-Length": str(len(content))})
+
+    def _fetch(self) -> tuple[int, Mapping[str, str], bytes]:
+        content = self.server.blobs.get(self.repository, {}).get(self.name)
+        return (404, {}, b"") if content is None else (200, {}, content)
+
+    def _mount(self) -> tuple[int, Mapping[str, str]]:
+        digest, source = self.query["mount"][0], self.query["from"][0]
+        content = self.server.blobs.get(source, {}).get(digest)
+        if content is None:
+            return self._begin()
+        self.server.store(self.repository, content)
+        return 201, {"Docker-Content-Digest": digest}
+
+    def _begin(self) -> tuple[int, Mapping[str, str]]:
+        self._body()
+        with self.server._guard:
+            name = f"upload-{len(self.server.requests)}-{len(self.server.uploads)}"
+            self.server.uploads[name] = Upload(repository=self.repository)
+        return 202, {"Location": self._location(name), "Range": "0-0", **self.server.begin_headers}
+
+    def _location(self, name: str) -> str:
+        size = len(self.server.uploads[name].content)
+        return f"/v2/{self.repository}/blobs/uploads/{name}?state=hidden%3D{size}"
+
+    def _known(self) -> Upload | None:
+        upload = self.server.uploads.get(self.name)
+        if upload is None or not self.server.forgets_broken:
+            return upload
+        return upload if self.query["state"] == [f"hidden={len(upload.content)}"] else None
+
+    def _state(self) -> tuple[int, Mapping[str, str], bytes] | tuple[int, Mapping[str, str]]:
+        upload = self._known()
+        if upload is None:
+            return 404, {}, _error("BLOB_UPLOAD_UNKNOWN")
+        return 204, {"Location": self._location(self.name), "Range": f"0-{max(len(upload.content) - 1, 0)}"}
+
+    def _patch(self) -> tuple[int, Mapping[str, str], bytes] | tuple[int, Mapping[str, str]]:
+        upload, content = self._known(), self._body()
+        if upload is None:
+            return 404, {}, _error("BLOB_UPLOAD_UNKNOWN")
+        if not self._fits(upload, content):
+            return 416, {}, _error("RANGE_INVALID")
+        upload.content += content
+        return 202, {"Location": self._location(self.name), "Range": f"0-{len(upload.content) - 1}"}
+
+    def _fits(self, upload: Upload, content: bytes) -> bool:
+        wanted = self.handler.headers.get("Content-Range")
+        start = len(upload.content)
+        return wanted == f"{start}-{start + len(content) - 1}" if wanted else not start or not content
+
+    def _commit(self) -> tuple[int, Mapping[str, str], bytes] | tuple[int, Mapping[str, str]]:
+        upload, content = self._known(), self._body()
+        if upload is None:
+            return 404, {}, _error("BLOB_UPLOAD_UNKNOWN")
+        if not self._fits(upload, content):
+            return 416, {}, _error("RANGE_INVALID")
+        whole = bytes(upload.content) + content
+        del self.server.uploads[self.name]
+        if _digest(whole) != self.query["digest"][0]:
+            return 400, {}, _error("DIGEST_INVALID")
+        return 201, {"Docker-Content-Digest": self.server.store(self.repository, whole)}
+
+    # ------------------------------------------------------------------ manifests
+
+    def _look(self) -> tuple[int, Mapping[str, str]]:
+        digest = self.server.tags.get(self.repository, {}).get(self.name, self.name)
+        found = self.server.manifests.get(self.repository, {}).get(digest)
+        if found is None:
+            return 404, {}
+        return 200, {"Content-Type": found[0], "Content-Length": str(len(found[1])), "Docker-Content-Digest": digest}
+
+    def _read(self) -> tuple[int, Mapping[str, str], bytes]:
+        digest = self.server.tags.get(self.repository, {}).get(self.name, self.name)
+        found = self.server.manifests.get(self.repository, {}).get(digest)
+        if found is None:
+            return 404, {}, _error("MANIFEST_UNKNOWN")
+        return 200, {"Content-Type": found[0], "Docker-Content-Digest": digest}, found[1]
+
+    def _manifest(self) -> tuple[int, Mapping[str, str], bytes] | tuple[int, Mapping[str, str]]:
+        content, tags = self._body(), self.server.tags.setdefault(self.repository, {})
+        digest = _digest(content)
+        if self.server.conditional and not self._condition(tags.get(self.name)):
+            return 412, {}, b""
+        document = json.loads(content)
+        blobs = [document["config"], *document["layers"]]
+        if not all(blob["digest"] in self.server.blobs.get(self.repository, {}) for blob in blobs):
+            return 400, {}, _error("MANIFEST_BLOB_UNKNOWN")
+        kind = self.handler.headers["Content-Type"]
+        self.server.manifests.setdefault(self.repository, {})[digest] = (kind, content)
+        if self.kind == "tag":
+            tags[self.name] = digest
+        elif self.name != digest:
+            return 400, {}, _error("DIGEST_INVALID")
+        return 201, {"Docker-Content-Digest": digest}
+
+    _tag = _manifest
+
+    def _condition(self, now: str | None) -> bool:
+        if self.handler.headers.get("If-None-Match") == "*" and now is not None:
+            return False
+        wanted = self.handler.headers.get("If-Match")
+        return wanted is None or wanted == f'"{now}"'
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256:{sha256(content).hexdigest()}"
+
+
+def _error(code: str) -> bytes:
+    return json.dumps({"errors": [{"code": code, "message": "canary-message"}]}).encode()

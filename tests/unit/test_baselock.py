@@ -109,5 +109,13 @@ def test_all_problems_are_told_at_once() -> None:
     assert len(caught.value.problems) == 2
 
 
+def test_a_lock_tells_what_it_lacks_of_another() -> None:
+    more = replace(LOCK, debs=(*LOCK.debs, a_deb("ssh", 4)))
+    assert more.lacking(LOCK) == ()
+    assert LOCK.lacking(more) == ("ssh",)
+    newer = replace(more, debs=(a_deb("g++", 5), *more.debs[1:]))
+    assert newer.lacking(LOCK) == ("g++",)
+
+
 def test_a_lock_names_no_host() -> None:
     assert "://" not in baselock.dumps(LOCK)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 
 from builder import base
-from builder.build import BYTES, CONTAINER, EngineSession, Image, StoreSession, build_all
+from builder.build import BYTES, CONTAINER, LOADED, EngineSession, Image, StoreSession, build_all, complete
 from builder.engines import BuiltImage, RunResult, Steps
 from builder.engines.oci import OciEngine
 from builder.errors import (
@@ -25,6 +28,7 @@ from builder.errors import (
     ToolError,
     WheelError,
 )
+from builder.export import stored_image
 from builder.render import Plan
 from builder.store import Store
 from tests.support.bases import (
@@ -34,6 +38,7 @@ from tests.support.bases import (
     damage,
     fake_python,
     index_of,
+    mesh,
     plan_of,
     ready,
     wheels_of,
@@ -75,6 +80,10 @@ class FakeHost:
     lies: Mapping[str, Any] = field(default_factory=dict)
     refuses: bool = False
     loses_layers: bool = False
+    collects: str = ""
+    """What becomes of the layers of images: "silently" or "loudly", an image without them is not taken."""
+    sent: list[list[str]] = field(default_factory=list)
+    """The digests of the layers in each archive."""
     calls: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
     """Every name and what it points to."""
@@ -90,6 +99,9 @@ class FakeHost:
     def holds(self, digest: str) -> bool:
         return self.has(digest) and not self.loses_layers
 
+    def whole(self) -> tuple[str, ...]:
+        return tuple(digest for digest in self.loaded if self.holds(digest))
+
     def unproven_name(self, cell_id: str) -> str:
         return f"unproven:{cell_id[:100]}"
 
@@ -100,8 +112,16 @@ class FakeHost:
         index = json.loads(content[content.index(b'{"manifests"') :].split(b"\0", 1)[0])
         (entry,) = index["manifests"]
         digest = entry["digest"]
-        name = json.loads(content[content.index(b'[{"Config"') :].split(b"\0", 1)[0])[0]["RepoTags"][0]
+        legacy = json.loads(content[content.index(b'[{"Config"') :].split(b"\0", 1)[0])[0]
+        (name,) = legacy["RepoTags"]
+        with tarfile.open(fileobj=io.BytesIO(content)) as members:
+            blobs = set(members.getnames())
         self.calls.append(f"load {name}")
+        self.sent.append([path.rpartition("/")[2] for path in legacy["Layers"] if path in blobs])
+        if self.collects and blobs.isdisjoint(legacy["Layers"][:1]):
+            if self.collects == "loudly":
+                raise EngineError("a blob is missing")
+            return
         self.names[name] = digest
         self.loaded[digest] = name.partition(":")[2]
 
@@ -290,7 +310,11 @@ def test_it_is_loaded_unproven_then_proven_then_tagged(one: Ready, tmp_path: Pat
     session, said = session_of(one, tmp_path, host=host)
     image = session.build(one.plan)
     assert host.calls == [f"load unproven:{one.plan.cell.id}", "run", f"tag {one.plan.cell.tags[0]}"]
-    assert [line.split()[0] for line in said.lines[-4:]] == ["load", "sent", "unpack", "prove"]
+    words = [line.split()[0] for line in said.lines]
+    assert [word for word, _ in itertools.groupby(words)][-4:] == ["load", "sent", "unpack", "prove"]
+    assert said.lines[-3].startswith("sent ")
+    sent, size = said.lines[-3].removeprefix("sent ").split(" of ")
+    assert sent == size, "to the last byte"
     assert (image.proof, image.in_engine, image.reused) == ((BYTES, CONTAINER), True, False)
     assert {host.names[tag] for tag in image.tags} == {image.digest}
     (record,) = records(one.store)
@@ -350,6 +374,74 @@ def test_rebuild_proves_again(one: Ready, tmp_path: Path) -> None:
     host.calls.clear()
     session_of(one, tmp_path, host=host, rebuild=True)[0].build(one.plan)
     assert "run" in host.calls
+
+
+# --------------------------------------------------------------------------- what the engine has already
+
+
+@pytest.fixture
+def variants(tmp_path: Path) -> tuple[Ready, Ready]:
+    """Return two cells of one torch in one store; the second has a package more."""
+    runtime, more = bootstrap_cell(packages=("numpy",)), bootstrap_cell(packages=("numpy", "mesh"))
+    more = replace(more, id=f"{more.id}-more", variant_name="more")
+    return ready(tmp_path / "home", runtime), ready(tmp_path / "home", more, wheels_of(more, mesh()))
+
+
+def layers_of(one: Ready) -> list[str]:
+    image = complete(one.plan, one.store, builder="oci")
+    assert image is not None
+    return [layer.blob.sha256 for layer in image.layers]
+
+
+def test_only_layers_that_the_engine_lacks_are_sent(variants: tuple[Ready, Ready], tmp_path: Path) -> None:
+    one, other = variants
+    host = host_of(one.plan, other.plan)
+    for each in variants:
+        session, said = session_of(each, tmp_path, host=host)
+        assert session.build(each.plan).in_engine
+    first, second = host.sent
+    assert first == layers_of(one)
+    assert second == [digest for digest in layers_of(other) if digest not in first]
+    shared = len(first) - 1
+    assert any(f"; {shared} of {len(layers_of(other))} layers are there already" in line for line in said.lines)
+
+
+@pytest.mark.parametrize("how", ["silently", "loudly"])
+def test_an_engine_that_does_not_do_without_is_sent_everything(
+    variants: tuple[Ready, Ready], tmp_path: Path, how: str
+) -> None:
+    """As one that has unpacked an image and dropped the archives of its layers."""
+    one, other = variants
+    host = host_of(one.plan, other.plan)
+    session_of(one, tmp_path, host=host)[0].build(one.plan)
+    host.collects = how
+    image = session_of(other, tmp_path, host=host)[0].build(other.plan)
+    assert image.in_engine
+    assert host.sent[2] == layers_of(other)
+    assert len(host.sent) == 3
+
+
+def test_images_of_others_in_the_engine_do_not_matter(one: Ready, tmp_path: Path) -> None:
+    host = host_of(one.plan)
+    host.loaded = {f"sha256:{'0' * 64}": "somebody's", "rubbish": "?"}
+    assert session_of(one, tmp_path, host=host)[0].build(one.plan).in_engine
+    assert host.sent == [layers_of(one)]
+
+
+def test_room_is_needed_for_what_is_not_shared(
+    variants: tuple[Ready, Ready], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = variants
+    host = host_of(one.plan, other.plan, disk=tmp_path)
+    session, _ = session_of(one, tmp_path, host=host, keep=True)
+    monkeypatch.setattr("builder.build.MARGIN_BYTES", 0)
+    session.build(one.plan)
+    image = stored_image(other.store, other.build().digest)
+    alone = LOADED * sum(layer.blob.size for layer in image.layers)
+    monkeypatch.setattr(shutil, "disk_usage", Disk(host, alone - 1, 0).usage)
+    assert session.build(other.plan).in_engine
+    with pytest.raises(DiskError):
+        session_of(other, tmp_path, host=host_of(other.plan, disk=tmp_path))[0].build(other.plan)
 
 
 # --------------------------------------------------------------------------- room

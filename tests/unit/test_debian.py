@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import cast
+
+import pytest
+
 from builder import debian
-from builder.debian import Mirrors
+from builder.debian import Apt, Archive, Deb, Mirrors
+from builder.errors import ToolError
+from tests.support.archive import deb
 
 
 def printed(*addresses: str) -> str:
@@ -45,6 +52,60 @@ def test_control_fields_are_parsed() -> None:
         {"Package": "a", "Description": "x"},
         {"Package": "b", "Version": "1:2"},
     ]
+
+
+# --------------------------------------------------------------------------- resolving
+
+
+class SaidBefore:
+    """Answers as apt does, of the packages it was given."""
+
+    def __init__(self, *debs: Deb) -> None:
+        self.debs = debs
+        self.asked: list[str] = []
+
+    def read_lists(self, suite: str) -> None:
+        assert suite == "bookworm"
+
+    def newest_list(self) -> int:
+        return 7
+
+    def run(self, *argv: str, purpose: str) -> str:
+        if argv[0] == "apt-get":
+            self.asked += argv[4:]
+            return "".join(
+                f"Inst {one.name} ({one.version} Debian:12/stable [{one.architecture}])\n" for one in self.debs
+            )
+        return "\n".join(
+            f"Package: {one.name}\nVersion: {one.version}\nArchitecture: {one.architecture}\nFilename: {one.filename}\n"
+            f"SHA256: {one.sha256}\nSize: {one.size}\n"
+            for one in self.debs
+        )
+
+
+LIBC, TZDATA, SSH = deb("libc6", "2.36-9"), replace(deb("tzdata"), architecture="all"), deb("ssh")
+
+
+def test_a_base_is_what_is_essential_and_what_is_asked_for() -> None:
+    apt = SaidBefore(SSH, LIBC)
+    found = Archive(cast("Apt", apt), "bookworm").resolve(["ssh"])
+    assert apt.asked == ["?essential", "apt", "ssh"]
+    assert found == debian.Resolution(debs=(LIBC, SSH), epoch=7)
+
+
+def test_packages_are_added_to_exactly_the_locked_ones() -> None:
+    moved = replace(LIBC, filename="pool/updates/main/g/glibc/libc6_2.36-9_amd64.deb")
+    apt = SaidBefore(SSH, LIBC, TZDATA)
+    found = Archive(cast("Apt", apt), "bookworm").extend([moved, TZDATA], ["ssh"])
+    assert apt.asked == ["libc6:amd64=2.36-9", "tzdata=1-1", "ssh"]
+    assert found.debs == (moved, SSH, TZDATA), "a file that moved within the archive is as it was locked"
+
+
+@pytest.mark.parametrize("other", [replace(LIBC, sha256="0" * 64), replace(LIBC, version="2.36-10")])
+def test_other_packages_than_the_locked_ones_are_refused(other: Deb) -> None:
+    apt = SaidBefore(SSH, other)
+    with pytest.raises(ToolError, match="other packages than were locked: libc6"):
+        Archive(cast("Apt", apt), "bookworm").extend([LIBC], ["ssh"])
 
 
 def test_downloads_come_in_batches_a_kill_may_lose() -> None:

@@ -44,14 +44,21 @@ FULL: Mapping[str, Any] = {
             "image": f"registry.example:5000/python:3.11-slim{DIGEST}",
             "python": "3.11",
             "init": "/usr/bin/tini",
+            "toolkit": "12.8",
         },
     },
     "variants": {
         "runtime": {
             "description": "PyTorch's own, and NumPy",
+            "extends": "least",
             "packages": ["numpy>=2,<3"],
             "env": {"NAME": "one, two"},
+            "directories": ["/cache"],
+            "toolkit": False,
+            "program": "notebook",
+            "port": 8888,
         },
+        "least": {"description": "nothing"},
         "devel": {"description": "for building"},
     },
     "indexes": [
@@ -304,7 +311,7 @@ def places(kind: Any, at: tuple[str | int, ...] = ()) -> Iterator[Place]:
             yield from places(model, (*at, SAMPLE_KEYS[model]))
         if not models:
             yield from places(arguments[1], (*at, "NAME"))
-    elif kind is str or origin is Literal:
+    elif kind in (str, int, bool) or origin is Literal:
         yield at, False
     else:
         assert kind is NoneType, f"a kind of value this test does not know: {kind}"
@@ -391,6 +398,8 @@ def test_only_prose_admits_an_apostrophe(steps: tuple[str | int, ...]) -> None:
 @pytest.mark.parametrize("steps", [steps for steps, key in PLACES if not key], ids=spell)
 @pytest.mark.parametrize("value", [2.1, True, {"a": "b"}], ids=str)
 def test_no_field_admits_another_type(steps: tuple[str | int, ...], value: object) -> None:
+    if value is True and steps[-1] == "toolkit" and steps[0] == "variants":
+        value = "yes"
     document = holding(steps, lambda _: value)
     found = {problem.where: problem for problem in refusal(document)}
     at = spell((*steps, "kind") if value == {"a": "b"} and steps[-1] in SAMPLE_KEYS.values() else steps)
@@ -836,6 +845,87 @@ def test_any_damage_to_the_shipped_file_is_answered(data: st.DataObject) -> None
     start = data.draw(st.integers(0, len(text)))
     stop = data.draw(st.integers(start, min(len(text), start + 80)))
     survives(text[:start] + data.draw(st.text(max_size=10)) + text[stop:])
+
+
+def with_variants(**variants: Mapping[str, Any]) -> dict[str, Any]:
+    document = full()
+    document["variants"] |= variants
+    return document
+
+
+def test_a_variant_has_what_those_have_that_it_extends() -> None:
+    document = with_variants(
+        runtime={"description": "least", "packages": ["numpy"], "env": {"A": "1", "B": "1"}, "directories": ["/a"]},
+        service={"description": "a", "extends": "runtime", "packages": ["fastapi"], "env": {"B": "2"}, "port": 8000},
+        last={"description": "b", "extends": "service", "program": "serve", "system": ["git"], "toolkit": False},
+    )
+    document["include"] = [{"torch": "2.8.0", "cuda": "12.8", "variant": "last"}]
+    variant = cells_of(document)[-1].variant
+    assert variant.description == "b"
+    assert variant.packages == ("numpy", "fastapi")
+    assert variant.env == {"A": "1", "B": "2"}
+    assert (variant.directories, variant.system) == (("/a",), ("git",))
+    assert (variant.program, variant.port) == ("serve", 8000)
+
+
+@pytest.mark.parametrize(
+    ("extends", "what", "why"),
+    [
+        ("runtimes", "variant 'runtimes' is not defined. Did you mean 'runtime'?", "`variants` defines runtime"),
+        ("devel", "devel extends itself", "devel → devel"),
+    ],
+)
+def test_what_a_variant_extends_must_be_another_one(extends: str, what: str, why: str) -> None:
+    problem = only(changed("variants", "devel", "extends", to=extends))
+    assert problem.where == "matrix.yaml: variants.devel.extends"
+    assert problem.what == what
+    assert why in problem.why
+
+
+def test_variants_that_extend_each_other_in_a_circle() -> None:
+    document = with_variants(
+        one={"description": "1", "extends": "two"},
+        two={"description": "2", "extends": "three"},
+        three={"description": "3", "extends": "one"},
+    )
+    assert {problem.what for problem in refusal(document)} == {f"{n} extends itself" for n in ("one", "two", "three")}
+
+
+def test_debian_packages_cannot_be_installed_in_an_image() -> None:
+    document = with_variants(devel={"description": "for building", "system": ["git"]})
+    problem = only(document)
+    assert "include[0]" in problem.where
+    assert problem.what == "variant devel needs Debian packages, and base plain is an image"
+
+
+@pytest.mark.parametrize(("name", "why"), [("start", "torchyard-start is in every image"), ("a_b", "single hyphens")])
+def test_names_of_programs(name: str, why: str) -> None:
+    problem = only(changed("variants", "devel", "program", to=name))
+    assert problem.where == "matrix.yaml: variants.devel.program"
+    assert why in problem.why
+
+
+@pytest.mark.parametrize("port", [80, 65536, "8888", True])
+def test_ports_that_no_user_can_listen_on(port: object) -> None:
+    problem = only(changed("variants", "devel", "port", to=port))
+    assert problem.where == "matrix.yaml: variants.devel.port"
+    assert "1024" in problem.why
+
+
+@pytest.mark.parametrize("path", ["/etc", "/opt/venv/bin", "/cache/../etc", "/..", "/home/torch"])
+def test_directories_that_are_not_a_variant_s_to_open(path: str) -> None:
+    problem = only(changed("variants", "devel", "directories", to=[path]))
+    assert problem.where == "matrix.yaml: variants.devel.directories[0]"
+    assert "apart from the system's" in problem.why
+
+
+def test_companions_are_named_in_the_id_and_the_tag() -> None:
+    document = full()
+    document["include"] = [{"torch": "2.8.0", "cuda": "12.8", "companions": ["torchvision", "torchaudio"]}]
+    cell = cells_of(document)[-1]
+    assert cell.companions == ("torchvision", "torchaudio")
+    assert cell.id == "torch2.8.0-cu128-cudnn9.10.2.21-py3.11-bookworm-runtime-vision-audio"
+    assert cell.tag_names[0] == "2.8.0-cuda12.8-cudnn9-runtime-vision-audio"
 
 
 @pytest.mark.parametrize("name", ["HOME", "LOGNAME", "PATH", "VIRTUAL_ENV"])

@@ -15,26 +15,28 @@ import tarfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from builder import export, proof
+from builder import export, proof, tar
 from builder.engines.oci import OciEngine, bytecode, install, layers, recipe, run_config
 from builder.engines.oci.bytecode import Interpreter, cache_path
 from builder.engines.oci.foundation import foundation_of
 from builder.engines.oci.install import SITE
+from builder.engines.oci.splice import TIME
 from builder.engines.oci.stack import Group
 from builder.errors import CellFailedError, HashMismatchError, SourceError, ToolError, TorchyardError, WheelError
 from builder.layout import Descriptor
-from builder.render import IMAGE_JSON, PREFIX, ImageConfig
+from builder.render import IMAGE_JSON, PREFIX, PROFILE, Healthcheck, ImageConfig, profile_of
 from builder.store import Store
 from tests.support import cells
 from tests.support.bases import (
     DOES_NOT_COMPILE,
+    EPOCH,
     ROOT,
     Ready,
     Said,
@@ -42,6 +44,7 @@ from tests.support.bases import (
     bootstrap_cell,
     compiled,
     damage,
+    directory,
     fake_python,
     fixed,
     mesh,
@@ -127,14 +130,20 @@ def test_manifest_and_configuration(made: tuple[Ready, str]) -> None:
     lines = [line["created_by"] for line in config["history"]]
     assert lines[0] == "a base"
     assert lines[-1] == f"torchyard: environment and image.json of {one.plan.cell.id}"
-    assert lines[-3:-1] == ["torchyard: bytecode of torch", "torchyard: bytecode of the other packages"]
-    shared = next(number for number, line in enumerate(lines) if line.startswith("torchyard: nvidia-cuda-runtime"))
-    assert shared < lines.index("torchyard: torch 2.8.0"), "what many cells share lies below"
+    places = [
+        next(number for number, line in enumerate(lines) if line.startswith(f"torchyard: {what}"))
+        for what in (
+            "nvidia-cuda-runtime", "triton", "torch 2.8.0", "bytecode of torch", "numpy",
+            "bytecode of what torch needs", "mesh", "bytecode of the variant's own packages", "environment",
+        )
+    ]  # fmt: skip
+    assert places == sorted(places), "what many cells share lies below"
     run = config["config"]
     assert run["User"] == "1000:0"
     assert run["WorkingDir"] == "/workspace"
-    assert run["Entrypoint"] == ["/usr/bin/tini", "--"]
+    assert run["Entrypoint"] == ["/usr/bin/tini", "--", "/opt/venv/bin/torchyard-start"]
     assert run["Cmd"] == ["bash"]
+    assert "Healthcheck" not in run
     assert run["Env"][0].startswith(f"PATH={PREFIX}/bin:")
     assert run["Labels"] == dict(sorted(one.plan.config.labels.items()))
 
@@ -150,7 +159,7 @@ def test_layers_of_wheels_are_not_kept(made: tuple[Ready, str]) -> None:
     one, digest = made
     found = [recipe.find(one.store, layer.blob.sha256) for layer in export.stored_image(one.store, digest).layers]
     recipes = [each for each in found if each is not None]
-    assert len(recipes) == 5
+    assert len(recipes) == 6
     for each in recipes:
         of_wheels = any(source for source, _, _ in each.segments)
         # One that is all small files has nothing that is elsewhere.
@@ -213,6 +222,8 @@ def test_the_environment(made: tuple[Ready, str]) -> None:
     assert settings == ["home = /usr/bin", "include-system-site-packages = false", "version = 3.11"]
     assert files[IMAGE_JSON.lstrip("/")].content == one.plan.files["image.json"]
     assert files[IMAGE_JSON.lstrip("/")].info.mode == 0o644
+    profile = files[PROFILE.lstrip("/")]
+    assert (profile.content, profile.info.mode) == (profile_of(one.plan.config).encode(), 0o644)
 
 
 def test_group_0_may_install_more(made: tuple[Ready, str]) -> None:
@@ -334,6 +345,75 @@ def test_on_a_registry_image_home_and_work_are_made(tmp_path: Path) -> None:
     assert files["opt"].info.mode == 0o755
 
 
+def variant_of(root: Path, *, layer: Sequence[tar.Entry] | None = None, **fields: Any) -> Ready:
+    """Prepare the default cell with more in its variant, and with a layer of system packages."""
+    cell = bootstrap_cell(packages=("numpy", "mesh"))
+    cell = replace(cell, variant=cell.variant.model_copy(update=fields))
+    return ready(root, cell, wheels_of(cell, mesh()), system=layer)
+
+
+def test_programs_lie_beside_the_python(made: tuple[Ready, str]) -> None:
+    one, digest = made
+    files = unpacked(one.store, digest)
+    assert "torchyard-start" in one.plan.programs
+    for name, content in {**one.plan.programs, "torchyard-validate": one.plan.validator}.items():
+        member = files[f"{ENV}/bin/{name}"]
+        assert (member.content, member.info.mode, member.info.mtime) == (content, 0o775, TIME)
+
+
+def test_directories_of_the_variant(tmp_path: Path) -> None:
+    paths = ("/cache/huggingface", "/home/torch/work", "/srv/models", "/usr/local/share/torchyard/more", "/workspace")
+    one = variant_of(tmp_path / "home", directories=paths)
+    files = unpacked(one.store, one.build().digest)
+
+    def about(name: str) -> tuple[int, int, int, int]:
+        info = files[name].info
+        assert info.isdir()
+        return info.mode, info.uid, info.gid, int(info.mtime)
+
+    for path in paths:
+        assert about(path.lstrip("/")) == (0o775, 1000, 0, one.plan.epoch)
+    for parent in ("cache", "srv", "usr/local/share/torchyard"):
+        assert about(parent) == (0o755, 0, 0, one.plan.epoch)
+    assert about("home/torch") == (0o775, 1000, 0, EPOCH), "as the base has it"
+
+
+def test_system_packages_lie_above_what_variants_share(tmp_path: Path) -> None:
+    system = [directory("usr"), directory("usr/local", 0o711), tar.file_entry("usr/bin/sshd", b"sshd", mode=0o755)]
+    one = variant_of(tmp_path / "one")
+    other = variant_of(tmp_path / "other", layer=system, system=("git", "sshd"))
+    layers, above = ([each.blob.digest for each in export.stored_image(it.store, it.build().digest).layers]
+                     for it in (one, other))  # fmt: skip
+    assert other.base.system is not None
+    assert above == [*layers[:-1], other.base.system.blob.digest, above[-1]]
+    digest = other.build().digest
+    assert documents(other.store, digest)[1]["history"][-2]["created_by"] == "torchyard: system packages: git, sshd"
+    files = unpacked(other.store, digest)
+    assert files["usr/bin/sshd"].content == b"sshd"
+    assert files["usr/local"].info.mode == 0o711, "the cell's own layer, on top, leaves it as it is"
+
+
+def test_variants_of_one_torch_share_all_below_their_own_packages(tmp_path: Path) -> None:
+    """By digest; and whoever has both in one store works through what they share once."""
+    runtime, more = bootstrap_cell(packages=("numpy",)), bootstrap_cell(packages=("numpy", "mesh"))
+    one = ready(tmp_path / "home", runtime)
+    other = ready(tmp_path / "home", more, wheels_of(more, mesh()))
+    first, second = (export.stored_image(it.store, it.build().digest).layers for it in (one, other))
+    assert second[: len(first) - 1] == first[:-1]
+    assert len(second) == len(first) + 2, "its packages and their bytecode"
+
+
+def test_packages_without_a_source_have_no_layer_of_bytecode(tmp_path: Path) -> None:
+    cell = bootstrap_cell(packages=("numpy", "alpha"))
+    alpha = wheel("alpha", "1.0", files={"alpha/data.bin": b"1"})
+    one = ready(tmp_path / "home", cell, wheels_of(cell, alpha))
+    lines = [line["created_by"] for line in documents(one.store, one.build().digest)[1]["history"]]
+    assert any("alpha" in line for line in lines)
+    assert [line for line in lines if "bytecode" in line] == [
+        "torchyard: bytecode of torch", "torchyard: bytecode of what torch needs",
+    ]  # fmt: skip
+
+
 # --------------------------------------------------------------------------- the run part of the configuration
 
 
@@ -357,6 +437,7 @@ BASE = {
     "ExposedPorts": {"80/tcp": {}},
     "Volumes": {"/data": {}},
     "StopSignal": "SIGINT",
+    "Healthcheck": {"Test": ["CMD", "of-the-base"]},
     "User": "nobody",
     "WorkingDir": "/base",
 }
@@ -373,10 +454,19 @@ def test_the_plan_goes_over_the_base_as_a_dockerfile_would() -> None:
         "ExposedPorts": {"80/tcp": {}, "8888/tcp": {}},
         "Volumes": {"/data": {}},
         "StopSignal": "SIGINT",
+        "Healthcheck": {"Test": ["CMD", "of-the-base"]},
         "User": "1000:0",
         "WorkingDir": "/w",
     }
     assert list(merged["Labels"]) == sorted(merged["Labels"])
+    check = Healthcheck(command=("x", "--health"), interval_s=30, timeout_s=10, start_period_s=60, retries=3)
+    assert run_config({"Healthcheck": {"Test": ["NONE"]}}, config(healthcheck=check))["Healthcheck"] == {
+        "Test": ["CMD", "x", "--health"],
+        "Interval": 30_000_000_000,
+        "Timeout": 10_000_000_000,
+        "StartPeriod": 60_000_000_000,
+        "Retries": 3,
+    }
     assert run_config(BASE, config(entrypoint=("/init", "--")))["Entrypoint"] == ["/init", "--"]
 
 
@@ -395,12 +485,12 @@ def test_the_base_s_configuration_is_in_the_image(tmp_path: Path) -> None:
     assert "KEPT=1" in run["Env"]
     assert run["Volumes"] == {"/data": {}}
     assert run["Labels"]["vendor"] == "x"
-    assert run["Entrypoint"] == ["/usr/bin/tini", "--"]
+    assert run["Entrypoint"][0] == "/usr/bin/tini"
 
 
 # --------------------------------------------------------------------------- the same bytes everywhere
 
-DIGEST = "sha256:e667ccb1378891131addf155a40fce2ad03211275fc58e06d29e95d33c7bb942"
+DIGEST = "sha256:5aab28189071b7544ce42aa5d5772f66f7f308486112f7a6cffb356d62d0ac81"
 """The manifest of the cell that `ready` makes, on every machine and under every Python.
 
 Its wheels and its base are compressed by the pinned compressor and its bytecode is a stand-in, so nothing that differs

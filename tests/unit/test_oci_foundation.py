@@ -16,6 +16,7 @@ import pytest
 import zstandard
 
 from builder import layout, registry, tar
+from builder.base import BaseImage
 from builder.engines.oci import foundation as foundations
 from builder.engines.oci.foundation import Foundation, foundation_of, open_tar
 from builder.errors import CellFailedError, HashMismatchError, SourceError
@@ -92,7 +93,7 @@ def test_a_bootstrap_base(plan: Plan, store: Store) -> None:
     assert [line.created_by for line in found.history] == ["a base"]
     assert found.search[-2:] == ("/sbin", "/bin")
     assert found.directories == {
-        **dict.fromkeys(("home", "opt", "usr", "usr/local", "usr/local/share"), (493, 0, 0, EPOCH)),
+        **dict.fromkeys(("etc", "home", "opt", "usr", "usr/local", "usr/local/share"), (493, 0, 0, EPOCH)),
         **dict.fromkeys(("home/torch", "workspace"), (509, 1000, 0, EPOCH)),
     }
 
@@ -119,6 +120,90 @@ def test_the_digest_is_that_of_the_files(plan: Plan, store: Store) -> None:
     assert other.digest == first.digest
     changed = replace(first, layers=(layer_of(store, base_entries("3.12")),))
     assert changed.digest != first.digest
+
+
+# --------------------------------------------------------------------------- directories and system packages
+
+
+def with_directories(*directories: str) -> Plan:
+    cell = bootstrap_cell()
+    cell = replace(cell, variant=cell.variant.model_copy(update={"directories": directories}))
+    return plan_of(cell, wheels_of(cell))
+
+
+def test_what_lies_above_the_plan_s_directories_is_looked_at(store: Store) -> None:
+    base = fake_base(store, entries=[*base_entries(), directory("srv", 0o700), directory("srv/models", 0o750, uid=5)])
+    found = foundation_of(with_directories("/srv/models/large", "/cache"), base, store).directories
+    assert found["srv"] == (0o700, 0, 0, EPOCH)
+    assert found["srv/models"] == (0o750, 5, 0, EPOCH)
+    assert "cache" not in found
+    assert "srv" not in foundation_of(with_directories("/cache"), base, store).directories
+
+
+LINK = tar.Entry(path="lib", kind=tar.Kind.SYMLINK, mode=0o777, target="usr/lib")
+
+
+@pytest.mark.parametrize("path", ["/lib", "/lib/models", "/usr/bin/python3.11", "/usr/bin/python3.11/x"])
+def test_a_directory_takes_the_place_of_no_link_and_no_file(store: Store, path: str) -> None:
+    base = fake_base(store, entries=[*base_entries(), LINK])
+    with pytest.raises(CellFailedError, match=r"/(lib|usr/bin/python3\.11) is no directory in the base") as caught:
+        foundation_of(with_directories(path), base, store)
+    assert caught.value.problems[0].tries
+    assert foundation_of(with_directories("/models"), base, store).home == "/usr/bin"
+
+
+def test_a_link_that_became_a_directory(on_image: Plan, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = replace(LINK, path="opt")
+    below = layer_of(store, [*python_at("usr/bin"), link])
+    pulled(monkeypatch, on_image, [below, layer_of(store, [directory("opt")])])
+    assert foundation_of(on_image, None, store).directories["opt"] == (0o755, 0, 0, EPOCH)
+    pulled(monkeypatch, on_image, [below, layer_of(store, [tar.file_entry(".wh.opt", b"")])])
+    assert "opt" not in foundation_of(on_image, None, store).directories
+    pulled(monkeypatch, on_image, [layer_of(store, [*python_at("usr/bin"), directory("opt")]), layer_of(store, [link])])
+    with pytest.raises(CellFailedError, match="/opt is no directory"):
+        foundation_of(on_image, None, store)
+
+
+def with_system(store: Store, *entries: tar.Entry) -> BaseImage:
+    return fake_base(store, system=entries)
+
+
+def test_system_packages_are_a_layer_apart(plan: Plan, store: Store) -> None:
+    plain = foundation_of(plan, fake_base(store), store)
+    assert plain.system is None
+    base = with_system(store, directory("usr/local", 0o700), directory("opt"), *python_at("usr/local/bin"))
+    found = foundation_of(plan, base, store)
+    assert found.system == base.system
+    assert found.layers == plain.layers
+    assert found.digest == plain.digest, "bytecode is shared with whoever has no such packages"
+    assert found.home == "/usr/bin", "packages are compiled by the base's own Python"
+    assert found.directories == {**plain.directories, "usr/local": (0o700, 0, 0, EPOCH)}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "opt/venv", "opt/venv/bin/x", "opt/.wh.venv", ".wh.opt", "opt/venv/.wh.lib", "opt/.wh..wh..opq",
+        ".wh..wh..opq", "opt/venv/lib/.wh..wh..opq",
+    ],
+)  # fmt: skip
+def test_system_packages_leave_the_environment_alone(plan: Plan, store: Store, path: str) -> None:
+    base = with_system(store, directory("opt"), tar.file_entry("usr/x", b""), tar.file_entry(path, b""))
+    for _ in range(2):  # seen, and then remembered
+        with pytest.raises(CellFailedError, match="would change what lies below /opt/venv") as caught:
+            foundation_of(plan, base, store)
+        assert caught.value.problems[0].where == f"/{path}"
+
+
+@pytest.mark.parametrize("path", ["opt/venv2", "opt/.wh.venv2", "usr/.wh..wh..opq", "usr/opt/venv/x", "opt/o/.wh.x"])
+def test_system_packages_may_do_the_rest(plan: Plan, store: Store, path: str) -> None:
+    base = with_system(store, tar.file_entry(path, b""))
+    assert foundation_of(plan, base, store).system == base.system
+
+
+def test_system_packages_that_replace_a_directory(plan: Plan, store: Store) -> None:
+    with pytest.raises(CellFailedError, match="/opt is no directory"):
+        foundation_of(plan, with_system(store, replace(LINK, path="opt")), store)
 
 
 # --------------------------------------------------------------------------- an image of a registry

@@ -11,7 +11,7 @@ import pytest
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from builder.engines.oci import layers
-from builder.engines.oci.stack import Group
+from builder.engines.oci.stack import Group, Section
 from builder.errors import WheelError
 from builder.export import stored_image
 from builder.lock import DEFAULT_INDEX, Wheel
@@ -52,6 +52,6 @@ def test_of_an_evil_wheel_nothing_is_stored(evil: EvilWheel, tmp_path: Path) -> 
     )  # fmt: skip
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "locks")
     with pytest.raises(WheelError, match=evil.message):
-        layers.spliced(Group(wheels=(wheel,)), store, stopped=threading.Event())
+        layers.spliced(Group(section=Section.VARIANT, wheels=(wheel,)), store, stopped=threading.Event())
     after = sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "locks")
     assert after == before

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from builder.engines.oci.stack import ALONE_BYTES, BUDGET, CAP, OWN_LAYERS, Group, stack
+from builder.engines.oci.stack import ALONE_BYTES, BUDGET, CAP, OWN_LAYERS, Group, Section, section_of, stack
 from builder.errors import MatrixError
 from builder.lock import Wheel
+from builder.matrix import Cell
 from builder.project import Project
 
 LARGE, SMALL = 100 << 20, 1 << 20
@@ -48,6 +49,7 @@ def test_what_changes_last_comes_first() -> None:
         for name in (
             "torch", "numpy", "triton", "nvidia-nccl-cu12", "nvidia-cublas-cu12", "nvidia-cudnn-cu12",
             "nvidia-nvshmem-cu12", "nvidia-cusparselt-cu12", "cuda-bindings", "nvidia-cusparse-cu12", "aiohttp",
+            "sympy", "nvidia-cuda-nvcc", "pandas",
         )
     ]  # fmt: skip
     assert names(stack(wheels, taken=1)) == [
@@ -60,8 +62,12 @@ def test_what_changes_last_comes_first() -> None:
         ["nvidia-nvshmem-cu12"],
         ["triton"],
         ["torch"],
-        ["aiohttp"],
         ["numpy"],
+        ["sympy"],
+        # The variant's own: the compiler is no library that torch needs.
+        ["aiohttp"],
+        ["nvidia-cuda-nvcc"],
+        ["pandas"],
     ]
 
 
@@ -69,6 +75,13 @@ def test_what_changes_last_comes_first() -> None:
 def test_a_library_has_its_place_for_every_cuda(name: str) -> None:
     order = names(stack([wheel("nvidia-nccl-cu13"), wheel(name), wheel("nvidia-cufft")], taken=0))
     assert order == [["nvidia-cufft"], [name], ["nvidia-nccl-cu13"]]
+
+
+def test_what_a_compiler_changes_lies_above_what_torch_needs() -> None:
+    libraries = [wheel("nvidia-curand-cu12"), wheel("nvidia-cuda-cccl-cu12"), wheel("torch"), wheel("numpy")]
+    assert names(stack(libraries, taken=0))[-2:] == [["torch"], ["numpy"]]
+    renamed = [wheel("nvidia-curand"), wheel("nvidia-cuda-cccl"), wheel("torch"), wheel("numpy")]
+    assert names(stack(renamed, taken=0))[:2] == [["torch"], ["numpy"]]
 
 
 @pytest.mark.parametrize("name", ["triton", "pytorch-triton", "pytorch-triton-rocm"])
@@ -81,7 +94,8 @@ def test_small_wheels_share_a_layer_with_their_like() -> None:
     wheels = [
         wheel("nvidia-cublas-cu12"), wheel("nvidia-nvtx-cu12", SMALL), wheel("nvidia-cufile-cu12", SMALL),
         wheel("nvidia-cudnn-cu12"), wheel("nvidia-nccl-cu12", SMALL), wheel("torch", SMALL), wheel("triton", SMALL),
-        wheel("numpy"), wheel("jinja2", SMALL), wheel("filelock", SMALL),
+        wheel("numpy"), wheel("jinja2", SMALL), wheel("filelock", SMALL), wheel("uvicorn", SMALL),
+        wheel("fastapi", SMALL), wheel("pyarrow"),
     ]  # fmt: skip
     assert names(stack(wheels, taken=1)) == [
         ["nvidia-cublas-cu12"],
@@ -93,6 +107,8 @@ def test_small_wheels_share_a_layer_with_their_like() -> None:
         ["torch"],
         ["numpy"],
         ["filelock", "jinja2"],
+        ["pyarrow"],
+        ["fastapi", "uvicorn"],
     ]
 
 
@@ -113,34 +129,54 @@ def test_a_group_says_what_is_in_it() -> None:
 # --------------------------------------------------------------------------- budget
 
 
+LIBRARIES = [
+    "cuda-bindings", "cuda-pathfinder", "nvidia-cublas", "nvidia-cuda-cupti", "nvidia-cuda-nvrtc", "nvidia-cufft",
+    "nvidia-cuda-runtime", "nvidia-cufile", "nvidia-curand", "nvidia-cusolver", "nvidia-cusparse", "nvidia-nvjitlink",
+]  # fmt: skip
+
+
 def many(count: int) -> list[Wheel]:
-    """Return wheels of all sections, large and small, no two of one size."""
-    kinds = ("nvidia-x{}-cu12", "package{}", "cuda-y{}", "another{}")
-    usual = [wheel("torch"), wheel("triton"), wheel("nvidia-cudnn-cu12"), wheel("nvidia-nccl-cu12")]
+    """Return wheels of all sections, and many of a variant's own, large and small, no two of one size."""
+    usual = [wheel("torch"), wheel("triton"), wheel("nvidia-cudnn-cu12"), wheel("nvidia-nccl-cu12"), wheel("numpy")]
+    libraries = [f"{name}-cu{n}" for n in (11, 12, 13) for name in LIBRARIES]
+    names = [*libraries, *(f"package{n}" for n in range(count))][: max(count - len(usual), 0)]
     return [
-        *usual,
-        *(wheel(kinds[n % 4].format(n), (1 + n * 7919 % 150) * (ALONE_BYTES // 20) + n) for n in range(count - 4)),
-    ]
+        *usual, *(wheel(name, (1 + n * 7919 % 150) * (ALONE_BYTES // 20) + n) for n, name in enumerate(names)),
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("taken", [0, 1, 5, 20, 30, 36, 37, 60, 90])
+@pytest.mark.parametrize("taken", [0, 1, 5, 20, 28, 29, 30, 60, 88])
 def test_many_wheels_keep_the_budget(taken: int) -> None:
     wheels = many(150)
     groups = stack(wheels, taken=taken)
     assert sorted(it.name for group in groups for it in group.wheels) == sorted(it.name for it in wheels)
-    sections = 5
-    assert len(groups) == max(BUDGET - taken - OWN_LAYERS, sections)
-    # Whoever lost a layer of its own is smaller than whoever kept one.
-    shared = [it.size for group in groups if len(group.wheels) > 1 for it in group.wheels]
-    alone = [group.size for group in groups if len(group.wheels) == 1]
-    kept = sorted(alone)[2 if taken > 30 else 0 :]  # torch's and triton's sections have nobody to share with
-    assert taken > 30 or max(shared) < min(kept)
+    assert len(groups) == max(BUDGET - taken - OWN_LAYERS, len(Section))
+    for part in ([it for it in groups if it.section is not Section.VARIANT], groups[-1:]):
+        # Whoever lost a layer of its own is smaller than whoever kept one.
+        shared = [it.size for group in part if len(group.wheels) > 1 for it in group.wheels]
+        alone = [group.size for group in part if len(group.wheels) == 1]
+        kept = sorted(alone)[3 if taken > 20 else 0 :]  # some sections have nobody to share with
+        assert taken > 20 or not kept or max(shared) < min(kept)
 
 
 def test_few_wheels_are_not_merged() -> None:
     wheels = [wheel(f"package{n}") for n in range(BUDGET - OWN_LAYERS - 1)]
     assert len(stack(wheels, taken=1)) == len(wheels)
     assert len(stack([*wheels, wheel("one-more", LARGE + 1)], taken=1)) == len(wheels)
+
+
+@pytest.mark.parametrize("taken", [1, 12, 30])
+@pytest.mark.parametrize("libraries", [10, 41])
+def test_what_a_variant_adds_changes_nothing_below_it(taken: int, libraries: int) -> None:
+    wheels = many(libraries)
+    assert not [it for it in wheels if section_of(it) is Section.VARIANT]
+    below = stack(wheels, taken=taken)
+    for count in (1, 3, 200):
+        own = [wheel(f"mine{n}", LARGE - n) for n in range(count)]
+        groups = stack([*wheels, *own], taken=taken)
+        assert groups[: len(below)] == below
+        assert {group.section for group in groups[len(below) :]} == {Section.VARIANT}
+        assert len(groups) <= max(BUDGET - taken - OWN_LAYERS, len(Section))
 
 
 @given(st.randoms(use_true_random=False), st.integers(0, 60), st.integers(0, 50))
@@ -160,11 +196,9 @@ def test_a_base_that_leaves_no_room_is_refused(taken: int) -> None:
 
 
 def test_a_base_that_leaves_just_enough_room_is_taken() -> None:
-    taken = CAP - OWN_LAYERS - 2
-    assert names(stack([wheel("torch"), wheel("numpy"), wheel("scipy")], taken=taken)) == [
-        ["torch"],
-        ["numpy", "scipy"],
-    ]
+    taken = CAP - OWN_LAYERS - 3
+    wheels = [wheel(name) for name in ("torch", "numpy", "sympy", "scipy", "pandas")]
+    assert names(stack(wheels, taken=taken)) == [["torch"], ["numpy", "sympy"], ["pandas", "scipy"]]
 
 
 # --------------------------------------------------------------------------- the cells of this repository
@@ -219,3 +253,34 @@ def test_cells_share_every_library_up_to_the_first_that_differs(one: str, other:
     # Of the others, in their order: all before the first that the cells do not have in common.
     rest = [it.sha256 for name in apart for it in libraries[0] if name in it.name.split("-")]
     assert set(itertools.takewhile(lambda sha256: sha256 in common, rest)) <= shared
+
+
+@pytest.mark.parametrize("id_", [cell.id for cell in PROJECT.cells if cell.variant_name == "runtime"])
+def test_only_companions_are_above_what_torch_needs(id_: str) -> None:
+    """A library that a newer torch needs has to be named in `stack`, or every variant's own packages lie below it."""
+    own = {it.name for group in groups_of(id_) if group.section is Section.VARIANT for it in group.wheels}
+    # The one that a compiler brings in another version.
+    own -= {"nvidia-cuda-cccl"} if CELLS[id_].cuda == "13.2" else set()
+    assert not [name for name in own if name.startswith(("nvidia-", "cuda-"))]
+    assert bool(own) is bool(CELLS[id_].companions)
+
+
+def variants() -> list[tuple[str, str]]:
+    """Return the cells that are a runtime cell with more in it, each with that one."""
+    runtime = {of(cell): cell.id for cell in PROJECT.cells if cell.variant_name == "runtime" and not cell.companions}
+    return [(runtime[of(cell)], cell.id) for cell in PROJECT.cells if runtime.get(of(cell), cell.id) != cell.id]
+
+
+def of(cell: Cell) -> tuple[object, ...]:
+    return cell.torch, cell.cuda, cell.cudnn, cell.base_name, cell.platform
+
+
+@pytest.mark.parametrize(("runtime", "variant"), variants())
+def test_a_variant_shares_all_that_torch_needs(runtime: str, variant: str) -> None:
+    """The same layers up to the first wheel of which a package of the variant's wants another version."""
+    above = {it.sha256 for it in PROJECT.lock(CELLS[variant]).wheels}
+    groups = [group for group in groups_of(runtime) if group.section is not Section.VARIANT]
+    shared = itertools.takewhile(lambda group: above.issuperset(it.sha256 for it in group.wheels), groups)
+    prefix = shared_prefix(groups, groups_of(variant))
+    assert prefix == [it.sha256 for group in shared for it in group.wheels]
+    assert next(it.sha256 for it in PROJECT.lock(CELLS[runtime]).wheels if it.name == "torch") in prefix

@@ -104,7 +104,9 @@ def skeleton_of(plan: Plan) -> list[str]:
         "RUN",
         "USER",
         "WORKDIR",
-        *(["ENTRYPOINT"] if plan.config.entrypoint else []),
+        *["EXPOSE"] * len(plan.config.exposed_ports),
+        *(["HEALTHCHECK"] if plan.config.healthcheck else []),
+        "ENTRYPOINT",
         "CMD",
     ]
 
@@ -163,7 +165,7 @@ def test_the_dockerfile_is_pinned_and_unprivileged(cell: Cell) -> None:
     found = instructions(text)
     assert not re.search(r"(?im)^\s*#\s*(syntax|escape|check)\s*=", text), "a parser directive"
     assert {name for name, _ in found} <= {
-        "FROM", "RUN", "LABEL", "ENV", "ARG", "USER", "WORKDIR", "ENTRYPOINT", "CMD", "EXPOSE",
+        "FROM", "RUN", "LABEL", "ENV", "ARG", "USER", "WORKDIR", "ENTRYPOINT", "CMD", "EXPOSE", "HEALTHCHECK",
     }, "COPY and ADD would let the context or the network in unchecked"  # fmt: skip
     stages = {"scratch"}
     for _, arguments in [it for it in found if it[0] == "FROM"]:
@@ -181,8 +183,9 @@ def test_the_dockerfile_is_pinned_and_unprivileged(cell: Cell) -> None:
 def test_no_host_is_named_but_pytorch_s_own_index(cell: Cell) -> None:
     plan = PROJECT.plan(cell)
     for name, content in plan.files.items():
-        hosts = set(re.findall(r"[a-z][a-z0-9+.-]*://([^/\s\"']+)", content.decode()))
-        assert hosts <= {"download.pytorch.org"}, f"{name}: {hosts}"
+        hosts = set(re.findall(r"[a-z][a-z0-9+.-]*://([a-z0-9-]+(?:\.[a-z0-9-]+)+)", content.decode()))
+        reserved = {host for host in hosts if host.endswith(".invalid") or host == "127.0.0.1"}
+        assert hosts - reserved <= {"download.pytorch.org"}, f"{name}: {hosts}"
 
 
 # --------------------------------------------------------------------------- image.json
@@ -202,6 +205,16 @@ def test_image_json_says_what_the_dockerfile_does(cell: Cell) -> None:
     assert config["entrypoint"] == json.loads(one["ENTRYPOINT"])
     assert config["cmd"] == json.loads(one["CMD"])
     assert config["exposed_ports"] == [arguments for name, arguments in found if name == "EXPOSE"]
+    health = config["healthcheck"]
+    assert [arguments for name, arguments in found if name == "HEALTHCHECK"] == (
+        [
+            f"--interval={health['interval_s']}s --timeout={health['timeout_s']}s "
+            f"--start-period={health['start_period_s']}s --retries={health['retries']}     CMD "
+            + json.dumps(health["command"])
+        ]
+        if health
+        else []
+    )
     assert ("ARG", f"SOURCE_DATE_EPOCH={declared['epoch']}") in found
     assert f"{declared['prefix']}/bin/pip" not in text_of(plan)
     for path, target in plan.environment.links.items():
@@ -223,7 +236,19 @@ def test_image_json_is_complete(cell: Cell) -> None:
     assert plan.base_lock is not None
     assert declared["base"]["lock"].removeprefix("sha256:") == plan.base_lock.digest.removeprefix("sha256:")
     assert declared["base"]["lock"].count("sha256:") == 1
-    assert declared["epoch"] == max(plan.lock.epoch, plan.base_lock.epoch)
+    locked = [plan.base_lock, *([plan.system_lock] if plan.system_lock else [])]
+    assert declared["epoch"] == max(plan.lock.epoch, *(one.epoch for one in locked))
+    assert (plan.system_lock is not None) == bool(cell.variant.system) == ("system_lock" in declared["base"])
+    assert (declared["program"], declared["port"]) == (cell.variant.program, cell.variant.port)
+    assert declared["toolkit"] == (cell.cuda if cell.variant.toolkit and cell.cuda != "cpu" else None)
+    assert declared["config"]["entrypoint"][-1] == "/opt/venv/bin/torchyard-start"
+    if cell.variant.program:
+        program = f"torchyard-{cell.variant.program}"
+        assert set(plan.programs) == {"torchyard-start", program}
+        assert declared["config"]["cmd"] == [program]
+        assert declared["config"]["healthcheck"]["command"] == [program, "--health"]
+    else:
+        assert set(plan.programs) == {"torchyard-start"}
     expect = declared["expect"]
     assert expect == json.loads(json.dumps(asdict(plan.expectation)))
     assert expect["packages"] == {wheel.name: str(wheel.version) for wheel in plan.lock.wheels}
@@ -251,6 +276,7 @@ def test_requirements_are_the_lock(cell: Cell) -> None:
 def test_differences_name_file_and_line(tmp_path: Path) -> None:
     plan = plan_of(CPU)
     for name, content in plan.files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     assert differences(plan, tmp_path) == ()
     (tmp_path / "Dockerfile").write_text(text_of(plan).replace("USER 1000:0", "USER 0:0"))
@@ -264,6 +290,7 @@ def test_differences_name_file_and_line(tmp_path: Path) -> None:
 def test_a_longer_file_differs_after_its_last_line(tmp_path: Path) -> None:
     plan = plan_of(CPU)
     for name, content in plan.files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     (tmp_path / "Dockerfile").write_text(text_of(plan) + "USER 0:0\n")
     (problem,) = differences(plan, tmp_path)
@@ -306,7 +333,7 @@ def test_a_base_that_is_an_image(init: str | None, tmp_path: Path) -> None:
     assert declared["base"] == {
         "name": "plain", "kind": "image", "image": f"registry.example/python:3.11-slim@{DIGEST}",
     }  # fmt: skip
-    assert declared["config"]["entrypoint"] == ([init, "--"] if init else [])
+    assert declared["config"]["entrypoint"] == [*([init, "--"] if init else []), "/opt/venv/bin/torchyard-start"]
     assert declared["epoch"] == plan.lock.epoch
     path = tmp_path / "Dockerfile"
     path.write_bytes(plan.files["Dockerfile"])
@@ -339,10 +366,35 @@ def test_a_variant_s_environment_wins() -> None:
     assert pairs(instructions(text_of(plan)), "ENV")["LANG"] == "C"
 
 
+def test_directories_are_made_and_given_the_image_s_time() -> None:
+    variant = CELLS[CPU].variant.model_copy(update={"directories": ("/data/models", "/cache")})
+    plan = rendered(cell_like(CPU, variant=variant))
+    assert plan.directories == ("/cache", "/data/models")
+    assert "install -d -o 1000 -g 0 -m 0775 /cache /data/models; " in text_of(plan)
+    assert "find /etc/profile.d /opt /tmp /usr/local/share /cache /data -xdev" in text_of(plan)
+
+
+def test_a_program_without_a_template() -> None:
+    variant = CELLS[CPU].variant.model_copy(update={"program": "nothing"})
+    with pytest.raises(MatrixError, match="no template for the program nothing"):
+        rendered(cell_like(CPU, variant=variant))
+
+
+def test_a_program_may_be_python_as_it_is(tmp_path: Path) -> None:
+    shutil.copytree(TEMPLATES, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "programs" / "mine.py").write_text("print({{ 1 }})\n")
+    variant = CELLS[CPU].variant.model_copy(update={"program": "mine"})
+    cell = cell_like(CPU, variant=variant)
+    plan = render(cell, PROJECT.lock(CELLS[CPU]), PROJECT.base_lock(CELLS[CPU]), templates=tmp_path)
+    assert plan.programs["torchyard-mine"] == b"print({{ 1 }})\n"
+    assert plan.config.cmd == ("torchyard-mine",)
+
+
 # --------------------------------------------------------------------------- templates
 
 
 def templates_with(tmp_path: Path, text: str) -> Path:
+    shutil.copytree(TEMPLATES, tmp_path, dirs_exist_ok=True)
     (tmp_path / "Dockerfile.j2").write_text(text)
     (tmp_path.parent / "secret").write_text("canary")
     return tmp_path
@@ -458,12 +510,13 @@ def test_every_valid_matrix_gives_the_same_structure(document: dict[str, Any]) -
         if not isinstance(cell.base, ImageBase):
             packages = re.search(r"--no-install-recommends +(.*?);", runs[0])
             assert packages
-            assert packages[1].split() == sorted(cell.base.packages)
+            assert packages[1].split() == sorted({*cell.base.packages, *cell.variant.system})
         assert json.loads(plan.files["image.json"])["id"] == cell.id
 
 
 def test_a_template_that_quotes_nothing_would_be_caught(tmp_path: Path) -> None:
     text = (TEMPLATES / "Dockerfile.j2").read_text("utf-8")
+    shutil.copytree(TEMPLATES, tmp_path, dirs_exist_ok=True)
     (tmp_path / "Dockerfile.j2").write_text(text.replace("{{ value | quoted }}", "{{ value }}"))
     cell = cell_like(CPU, variant=CELLS[CPU].variant.model_copy(update={"env": {"A": "one two"}}))
     plan = render(cell, PROJECT.lock(CELLS[CPU]), PROJECT.base_lock(CELLS[CPU]), templates=tmp_path)

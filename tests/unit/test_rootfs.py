@@ -118,6 +118,7 @@ def test_a_user_of_the_packages_is_not_overwritten() -> None:
         "var/lib/apt/lists/x_Packages",
         "var/lib/apt/extended_states",
         "var/cache/debconf/config.dat-old",
+        "var/lib/ucf/registry.0",
         "var/lib/dpkg/status-old",
         "var/lib/dpkg/lock",
         "var/lib/dpkg/triggers/Lock",

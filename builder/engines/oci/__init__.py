@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from builder import layout
+from builder import layout, tar
 from builder.base import BaseImage
 from builder.engines import BuiltImage, Steps
 from builder.engines.oci.foundation import Foundation, foundation_of
 from builder.engines.oci.layers import Compiler, Made, StoppedError, cell_layer, refuse_collisions, spliced
-from builder.engines.oci.stack import Group, stack
+from builder.engines.oci.stack import Group, Section, section_of, stack
 from builder.layout import History
+from builder.lock import Wheel
 from builder.render import ImageConfig, Plan
 from builder.store import Store
 
+NANOSECONDS = 1_000_000_000
+"""What a second is in an image's configuration."""
 OBSERVED = 1
 """Schema of what was observed: that of `validate/facts.py`."""
+_EMPTY = f"sha256:{hashlib.sha256(tar.END).hexdigest()}"
+"""The diffID of a layer with nothing in it."""
+_COMPILED = {
+    Section.TORCH: "torch",
+    Section.COMMON: "what torch needs",
+    Section.VARIANT: "the variant's own packages",
+}
+"""Sections above which lies a layer of bytecode, and whose it is: of all others it is in that of COMMON."""
 
 
 class OciEngine:
@@ -42,7 +54,7 @@ class OciEngine:
         wheels, bytecode, identity = self._layers(plan, foundation, groups, store, steps)
         own = cell_layer(plan, foundation, store)
         refuse_collisions([own, *wheels])
-        layers = [*wheels, *bytecode, own]
+        layers = [*_ordered(groups, wheels, bytecode), *_system(plan, foundation), own]
         steps.step("image")
         image = layout.assemble(
             store,
@@ -60,7 +72,7 @@ class OciEngine:
 
     def _layers(
         self, plan: Plan, foundation: Foundation, groups: Sequence[Group], store: Store, steps: Steps
-    ) -> tuple[list[Made], list[Made], Mapping[str, str]]:
+    ) -> tuple[list[Made], Mapping[Section, Made], Mapping[str, str]]:
         """Make the layers of wheels and of bytecode, all cores busy, the longest first."""
         stopped = threading.Event()
         done = 0
@@ -96,15 +108,27 @@ def _short(group: Group) -> str:
     return f"{first.name} {first.version}" + (f" and {len(rest)} more" if rest else "")
 
 
-def _bytecode(compiler: Compiler, plan: Plan) -> list[Made]:
-    """Make the layers of bytecode: torch's, which few packages change with, and that of all others."""
-    torch = [wheel for wheel in plan.lock.wheels if wheel.name == "torch"]
-    rest = [wheel for wheel in plan.lock.wheels if wheel.name != "torch"]
-    return [
-        compiler.layer(wheels, title=f"bytecode of {whose}")
-        for wheels, whose in ((torch, "torch"), (rest, "the other packages"))
-        if wheels
-    ]
+def _bytecode(compiler: Compiler, plan: Plan) -> dict[Section, Made]:
+    """Make the layers of bytecode by the section that each lies above: variants of one torch share the first two."""
+    wheels: dict[Section, list[Wheel]] = {}
+    for wheel in plan.lock.wheels:
+        section = section_of(wheel)
+        wheels.setdefault(section if section in _COMPILED else Section.COMMON, []).append(wheel)
+    made = {section: compiler.layer(wheels[section], title=f"bytecode of {_COMPILED[section]}") for section in wheels}
+    return {section: layer for section, layer in made.items() if layer.layer.diff_id != _EMPTY}
+
+
+def _ordered(groups: Sequence[Group], wheels: Sequence[Made], bytecode: Mapping[Section, Made]) -> Iterator[Made]:
+    """Yield the layers from the bottom up: what every variant of a torch has, and then what this one adds."""
+    for section in Section:
+        yield from (made for group, made in zip(groups, wheels, strict=True) if group.section is section)
+        if section in bytecode:
+            yield bytecode[section]
+
+
+def _system(plan: Plan, foundation: Foundation) -> Iterator[Made]:
+    if foundation.system is not None:
+        yield Made(layer=foundation.system, title=f"system packages: {', '.join(plan.cell.variant.system)}")
 
 
 def _finish(futures: Sequence[Future[Any]]) -> None:
@@ -130,6 +154,14 @@ def run_config(base: Mapping[str, Any], config: ImageConfig) -> dict[str, Any]:
     }
     if config.entrypoint:
         merged["Entrypoint"] = list(config.entrypoint)
+    if config.healthcheck is not None:
+        merged["Healthcheck"] = {
+            "Test": ["CMD", *config.healthcheck.command],
+            "Interval": config.healthcheck.interval_s * NANOSECONDS,
+            "Timeout": config.healthcheck.timeout_s * NANOSECONDS,
+            "StartPeriod": config.healthcheck.start_period_s * NANOSECONDS,
+            "Retries": config.healthcheck.retries,
+        }
     ports = {**(base.get("ExposedPorts") or {}), **{port: {} for port in config.exposed_ports}}
     if ports:
         merged["ExposedPorts"] = ports

@@ -10,7 +10,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -25,28 +25,27 @@ except ImportError:  # a processor it is not built for
 
 from builder import layout
 from builder.base import BaseImage
+from builder.engines.oci.contents import Tally, remember
 from builder.engines.oci.recipe import pieces
 from builder.errors import CellFailedError
 from builder.layout import MEDIA_LAYER_TAR, MEDIA_LAYER_ZSTD, History, Layer, canonical_json
-from builder.render import HOME, IMAGE_JSON, PREFIX, SYSTEM_PATH, WORKDIR, Plan
+from builder.render import HOME, IMAGE_JSON, PREFIX, PROFILE, SYSTEM_PATH, WORKDIR, Plan
 from builder.schema import ImageBase
 from builder.store import Store, write_atomically
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-SCHEMA = 1
+SCHEMA = 2
 _UNREADABLE: tuple[type[Exception], ...] = (  # type: ignore[assignment] # isal's stub says otherwise
     tarfile.TarError, EOFError, ValueError, OverflowError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError,
     inflater.error,
 )  # fmt: skip
 _LATEST = 8**11 - 1
 """The last second that a plain tar header can say."""
-WATCHED = tuple(
-    sorted({str(parent).lstrip("/") for path in (IMAGE_JSON, PREFIX, f"{HOME}/x", f"{WORKDIR}/x")
-            for parent in PurePosixPath(path).parents} - {""})
-)  # fmt: skip
-"""Directories into which a cell's own files go: as far as the base has them they stay as they are."""
+_ROOT = PREFIX.lstrip("/")
+_OPAQUE = ".wh..wh..opq"
+"""In a directory: nothing that lower layers have there shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,9 @@ class Foundation:
     home: str
     """Directory of its Python, as found along its PATH: /usr/bin."""
     directories: Mapping[str, tuple[int, int, int, int]] = field(default_factory=dict)
-    """Mode, user, group and time of the WATCHED directories that it has."""
+    """Mode, user, group and time of the `watched` directories that it has, its system layer included."""
+    system: Layer | None = None
+    """The variant's Debian packages, a layer that lies above those of the wheels."""
 
     @property
     def digest(self) -> str:
@@ -78,11 +79,12 @@ def foundation_of(plan: Plan, base: BaseImage | None, store: Store) -> Foundatio
 
     Raises CellFailedError if the base has no such Python.
     """
+    system = None
     if base is not None:
         image = layout.read(base.layout)
         assert image is not None, base.layout
         document = json.loads(store.path(image.config.sha256).read_bytes())
-        layers = image.layers
+        layers, system = image.layers, base.system
     else:
         assert isinstance(plan.cell.base, ImageBase)
         # Imported here: the models of what registries serve take time to make, and bases of one's own need none.
@@ -91,21 +93,47 @@ def foundation_of(plan: Plan, base: BaseImage | None, store: Store) -> Foundatio
         pulled = registry.pull(plan.cell.base.image, platform=plan.cell.platform, store=store)
         document, layers = dict(pulled.document), pulled.layers
     config = dict(document.get("config") or {})
-    seen = _seen(store, layers, python=plan.cell.python, search=_search(config))
-    if seen["home"] is None:
+    history = _history(document, len(layers))
+    if system is not None:
+        assert layers[-1] == system, "it is the topmost layer of its base"
+        layers, history = layers[:-1], history[:-1]
+    seen = _seen(store, layers, plan, search=_search(config))
+    above = _Seen() if system is None else _seen(store, (system,), plan, search=())
+    if seen.home is None:
         raise CellFailedError(
             f"{plan.cell.id}: the base has no python{plan.cell.python}",
             where=plan.cell.base_name,
             why=f"none of the directories of its PATH has one: {', '.join(_search(config))}",
             tries=("set the base's `python` in matrix.yaml to the version that its image has",),
         )
+    if above.hides is not None:
+        raise CellFailedError(
+            f"{plan.cell.id}: the variant's Debian packages would change what lies below {PREFIX}",
+            where=f"/{above.hides}",
+            why="their layer lies above those of the Python packages, which every variant shares",
+            tries=("leave the package that brings it out of the variant's `system`",),
+        )
+    if wrong := sorted({*seen.others} - above.directories.keys() | {*above.others}):
+        raise CellFailedError(
+            f"{plan.cell.id}: /{wrong[0]} is no directory in the base, and files of the image are to lie below it",
+            where=plan.cell.base_name,
+            why="a link would be replaced by a directory, and what it led to would be gone",
+            tries=("name the place that the link leads to in the variant's `directories`", "use another base"),
+        )
     return Foundation(
         layers=tuple(layers),
         config=config,
-        history=_history(document, len(layers)),
-        home=str(seen["home"]),
-        directories={path: tuple(about) for path, about in seen["directories"].items()},
+        history=history,
+        home=seen.home,
+        directories={**seen.directories, **above.directories},
+        system=system,
     )
+
+
+def watched(plan: Plan) -> frozenset[str]:
+    """Return the directories into which a cell's own files go: as far as the base has them they stay as they are."""
+    places = (IMAGE_JSON, PREFIX, PROFILE, *(f"{path}/x" for path in (HOME, WORKDIR, *plan.directories)))
+    return frozenset({str(parent).lstrip("/") for path in places for parent in PurePosixPath(path).parents} - {""})
 
 
 def _history(document: Mapping[str, Any], layers: int) -> tuple[History, ...]:
@@ -128,32 +156,84 @@ def _search(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(part for part in environment.get("PATH", SYSTEM_PATH).split(":") if part)
 
 
-def _seen(store: Store, layers: Sequence[Layer], *, python: str, search: Sequence[str]) -> dict[str, Any]:
-    """Walk through the base's files once and remember what was seen: its layers take a second to inflate."""
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What layers were seen to hold."""
+
+    home: str | None = None
+    directories: Mapping[str, tuple[int, int, int, int]] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+    """What is watched as a directory and is none."""
+    hides: str | None = None
+    """The first entry that lies in the environment, or takes it away."""
+
+
+def _seen(store: Store, layers: Sequence[Layer], plan: Plan, *, search: Sequence[str]) -> _Seen:
+    """Walk through the layers' files once and remember what was seen: those of a base take a second to inflate."""
+    python, paths = plan.cell.python, watched(plan)
     key = {"schema": SCHEMA, "layers": [layer.diff_id for layer in layers], "python": python, "search": list(search),
-           "watched": list(WATCHED)}  # fmt: skip
+           "watched": sorted(paths)}  # fmt: skip
     path = store.root / "foundations" / f"{hashlib.sha256(canonical_json(key)).hexdigest()}.json"
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         found = json.loads(path.read_bytes())
-        return {"home": found["home"], "directories": dict(found["directories"])}
-    places = [f"{directory.strip('/')}/python{python}" for directory in search]
+        directories = {name: (int(a), int(b), int(c), int(d)) for name, (a, b, c, d) in found["directories"].items()}
+        return _Seen(home=found["home"], directories=directories, others=tuple(found["others"]), hides=found["hides"])
+    seen = _walked(store, layers, [f"{directory.strip('/')}/python{python}" for directory in search], paths)
+    write_atomically(path, canonical_json(asdict(seen)))
+    return seen
+
+
+def _walked(store: Store, layers: Sequence[Layer], places: Sequence[str], paths: frozenset[str]) -> _Seen:
     interpreters: set[str] = set()
     directories: dict[str, tuple[int, int, int, int]] = {}
+    others: set[str] = set()
+    hides = None
     for layer in layers:
+        tally = Tally()
         with open_tar(store, layer) as file, tarfile.open(fileobj=file, mode="r|") as archive:
             for entry in archive:
+                tally.add(entry, archive)
                 name = entry.name.removeprefix("./").strip("/")
-                if entry.isdir() and name in WATCHED:
-                    mtime = min(max(int(entry.mtime), 0), _LATEST)
-                    directories[name] = (entry.mode & 0o7777, entry.uid, entry.gid, mtime)
-                elif name in places and not entry.isdir():
+                if hides is None and _hides(name):
+                    hides = name
+                if (gone := _whited_out(name)) is not None:
+                    interpreters.discard(gone)
+                    others.discard(gone)
+                    if not name.endswith(_OPAQUE):
+                        directories.pop(gone, None)
+                    continue
+                if name in places and not entry.isdir():
                     interpreters.add(name)
-                elif name.rpartition("/")[2].startswith(".wh."):
-                    interpreters.discard(name.replace(".wh.", "", 1))
+                if name in paths:
+                    others.discard(name)
+                    directories.pop(name, None)
+                    if entry.isdir():
+                        mtime = min(max(int(entry.mtime), 0), _LATEST)
+                        directories[name] = (entry.mode & 0o7777, entry.uid, entry.gid, mtime)
+                    else:
+                        others.add(name)
+        # Inflated once, gigabytes in some bases; whoever wants to know their sizes later does not do so again.
+        remember(store, layer, tally.contents())
     home = next((place.rpartition("/")[0] for place in places if place in interpreters), None)
-    seen = {"home": None if home is None else f"/{home}", "directories": directories}
-    write_atomically(path, canonical_json(seen))
-    return seen
+    return _Seen(
+        home=None if home is None else f"/{home}", directories=directories, others=tuple(sorted(others)), hides=hides
+    )
+
+
+def _whited_out(name: str) -> str | None:
+    """Return what an entry takes away of the layers below; None if it is no whiteout."""
+    directory, _, base = name.rpartition("/")
+    if base == _OPAQUE:
+        return directory
+    return f"{directory}/{base.removeprefix('.wh.')}".lstrip("/") if base.startswith(".wh.") else None
+
+
+def _hides(name: str) -> bool:
+    """Tell whether an entry lies in the environment, or takes it away."""
+    gone = _whited_out(name)
+    if gone is None:
+        return f"{name}/".startswith(f"{_ROOT}/")
+    return not gone or f"{gone}/".startswith(f"{_ROOT}/") or f"{_ROOT}/".startswith(f"{gone}/")
 
 
 @contextlib.contextmanager

@@ -29,7 +29,18 @@ from builder.engines.oci.wheel import Wheel, open_wheel
 from builder.errors import HashMismatchError, TorchyardError, WheelError
 from builder.layout import Layer, canonical_json
 from builder.lock import Wheel as LockedWheel
-from builder.render import HOME, HOME_OF_PYTHON, IMAGE_JSON, PREFIX, UNCOMPILED, VALIDATOR, WORKDIR, Plan
+from builder.render import (
+    HOME,
+    HOME_OF_PYTHON,
+    IMAGE_JSON,
+    PREFIX,
+    PROFILE,
+    UNCOMPILED,
+    VALIDATOR,
+    WORKDIR,
+    Plan,
+    profile_of,
+)
 from builder.schema import ImageBase
 from builder.store import Store, write_atomically
 
@@ -259,15 +270,17 @@ def _own_files(plan: Plan, foundation: Foundation) -> Iterator[tar.Entry]:
         yield tar.Entry(path=f"{root}/{path}", kind=tar.Kind.SYMLINK, mode=0o777, mtime=TIME, target=text(target))
     for path, content in plan.environment.files.items():
         yield tar.file_entry(f"{root}/{path}", text(content).encode(), mode=FILE, mtime=TIME)
-    yield tar.file_entry(f"{root}/bin/{VALIDATOR}", plan.validator, mode=EXECUTABLE, mtime=TIME)
+    for name, program in {VALIDATOR: plan.validator, **plan.programs}.items():
+        yield tar.file_entry(f"{root}/bin/{name}", program, mode=EXECUTABLE, mtime=TIME)
     yield tar.file_entry(IMAGE_JSON.lstrip("/"), plan.files["image.json"], mtime=plan.epoch)
-    if isinstance(plan.cell.base, ImageBase):
-        # A bootstrap base brings these.
-        uid, _, gid = plan.config.user.partition(":")
-        for path in (HOME, WORKDIR):
-            yield tar.Entry(
-                path=path.lstrip("/"), kind=tar.Kind.DIRECTORY, mode=0o775, uid=int(uid), gid=int(gid), mtime=plan.epoch
-            )
+    yield tar.file_entry(PROFILE.lstrip("/"), profile_of(plan.config).encode(), mtime=plan.epoch)
+    uid, _, gid = plan.config.user.partition(":")
+    # A bootstrap base brings the first two.
+    places = (HOME, WORKDIR) if isinstance(plan.cell.base, ImageBase) else ()
+    for path in dict.fromkeys((*places, *plan.directories)):
+        yield tar.Entry(
+            path=path.lstrip("/"), kind=tar.Kind.DIRECTORY, mode=0o775, uid=int(uid), gid=int(gid), mtime=plan.epoch
+        )
 
 
 def _with_parents(entries: Iterable[tar.Entry], foundation: Foundation, epoch: int) -> Iterator[tar.Entry]:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import queue
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 try:
     from isal import isal_zlib as inflater
@@ -31,6 +33,9 @@ from builder.engines.oci.wheel import Member, Wheel
 from builder.errors import WheelError
 from builder.layout import MEDIA_LAYER_GZIP, Descriptor, Layer
 
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
 RECIPE = 1
 """Raise it with every change of the bytes of a layer: it is part of the key under which a layer is remembered."""
 TIME = 315_619_200
@@ -44,6 +49,8 @@ _FLUSH = 1 << 20
 _PIECE = 256 << 10
 """Compressed bytes inflated at a time; what comes out still is in the processor's cache when it is hashed."""
 _OUT = 4 << 20
+_AHEAD = 8
+"""Pieces that may wait to be hashed; with _OUT it bounds memory."""
 _BLOCK = 65_535
 """Longest stored block of deflate."""
 _HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
@@ -62,16 +69,53 @@ class Spliced:
     facts: Mapping[str, Any]
 
 
+class _Digests:
+    """SHA-256 of the blob and of the tar, taken in a thread of its own.
+
+    Together they are half of the work on a wheel, and the largest wheel is what the other cores would wait for.
+    """
+
+    def __init__(self) -> None:
+        self._blob, self._tar = hashlib.sha256(), hashlib.sha256()
+        self._waiting: queue.Queue[tuple[_Hash, bytes] | None] = queue.Queue(_AHEAD)
+        self._thread = threading.Thread(target=self._run, name="digests", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._waiting.put(None)
+        self._thread.join()
+
+    def blob(self, content: bytes) -> None:
+        """Append bytes of the blob."""
+        self._waiting.put((self._blob, content))
+
+    def tar(self, content: bytes) -> None:
+        """Append bytes of the tar."""
+        self._waiting.put((self._tar, content))
+
+    def result(self) -> tuple[str, str]:
+        """Return the digests of the blob and the tar, in hex, after the end."""
+        assert not self._thread.is_alive()
+        return self._blob.hexdigest(), self._tar.hexdigest()
+
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            item[0].update(item[1])
+
+
 @dataclass
 class _Layer:
-    """Takes a tar, in order: bytes of ours, and members of wheels; keeps both digests up to date."""
+    """Takes a tar, in order: bytes of ours, and members of wheels; passes both forms on to be hashed."""
 
+    digests: _Digests
     segments: list[tuple[int, int, int]] = field(default_factory=list)
     literals: bytearray = field(default_factory=bytearray)
     size: int = 0
 
     def __post_init__(self) -> None:
-        self.blob, self.tar = hashlib.sha256(), hashlib.sha256()
         self._pending = bytearray()
         self._noted = 0
 
@@ -86,13 +130,13 @@ class _Layer:
         if self._pending:
             content = bytes(self._pending)
             self._pending.clear()
-            self.tar.update(content)
+            self.digests.tar(content)
             self.literal(gzip_member(content))
 
     def literal(self, raw: bytes) -> None:
         """Append bytes of the blob."""
         self.literals += raw
-        self.blob.update(raw)
+        self.digests.blob(raw)
         self.size += len(raw)
 
     def taken(self, source: int, offset: int, length: int) -> None:
@@ -110,14 +154,15 @@ def splice(wheels: Sequence[tuple[Wheel, Sequence[Placed]]], *, advance: Advance
 
     Raises WheelError if a stream is not what the zip and the record say of it, or if two wheels want one path.
     """
-    layer = _Layer()
+    digests = _Digests()
+    layer = _Layer(digests)
     owners: dict[str, tuple[str, str]] = {}
     facts: dict[str, Any] = {}
     directories: set[str] = set()
     files = sorted(
         ((file, number) for number, (_, placed) in enumerate(wheels) for file in placed), key=lambda it: it[0].path
     )
-    with _opened((wheel for wheel, _ in wheels), advance or (lambda _: None)) as sources:
+    with _opened((wheel for wheel, _ in wheels), advance or (lambda _: None)) as sources, digests:
         for file, number in files:
             wheel = wheels[number][0]
             owner = wheel.filename, _digest(file)
@@ -131,13 +176,14 @@ def splice(wheels: Sequence[tuple[Wheel, Sequence[Placed]]], *, advance: Advance
             _place(layer, file, sources[number], observer)
             if observer is not None:
                 facts |= observer.facts()
-    layer.write(tar.END)
-    layer.flush()
-    layer.taken(0, 0, 0)
+        layer.write(tar.END)
+        layer.flush()
+        layer.taken(0, 0, 0)
     literals = bytes(layer.literals)
-    blob = Descriptor(media_type=MEDIA_LAYER_GZIP, digest=f"sha256:{layer.blob.hexdigest()}", size=layer.size)
+    digest, diff_id = digests.result()
+    blob = Descriptor(media_type=MEDIA_LAYER_GZIP, digest=f"sha256:{digest}", size=layer.size)
     recipe = Recipe(
-        layer=Layer(blob=blob, diff_id=f"sha256:{layer.tar.hexdigest()}"),
+        layer=Layer(blob=blob, diff_id=f"sha256:{diff_id}"),
         sources=(hashlib.sha256(literals).hexdigest(), *(wheel.sha256 for wheel, _ in wheels)),
         segments=tuple(layer.segments),
     )
@@ -234,11 +280,11 @@ def _place(layer: _Layer, file: Placed, source: _Source, observer: Witness | Non
 def _deflated(layer: _Layer, stream: _Stream, member: Member, source: _Source) -> None:
     """Append a deflate stream as it is."""
     for raw in source.raw(member, _PIECE):
-        layer.blob.update(raw)
+        layer.digests.blob(raw)
         for piece in stream.inflate(raw):
-            layer.tar.update(piece)
+            layer.digests.tar(piece)
     for piece in stream.rest():
-        layer.tar.update(piece)
+        layer.digests.tar(piece)
     layer.taken(source.index, member.offset, member.compressed_size)
 
 
@@ -247,10 +293,10 @@ def _stored(layer: _Layer, stream: _Stream, member: Member, source: _Source) -> 
     at, end = member.offset, member.offset + member.size
     for raw in source.raw(member, _BLOCK):
         layer.literal(struct.pack("<BHH", at + len(raw) == end, len(raw), len(raw) ^ 0xFFFF))
-        layer.blob.update(raw)
+        layer.digests.blob(raw)
         layer.taken(source.index, at, len(raw))
         for piece in stream.inflate(raw):
-            layer.tar.update(piece)
+            layer.digests.tar(piece)
         at += len(raw)
 
 

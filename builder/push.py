@@ -1,0 +1,268 @@
+"""An image of the store → a repository: blobs, config, manifest by digest, read back, and only then its tags.
+
+Each step may be repeated, and asks the registry first what is done: a push that broke off goes on where it was. Tags
+that mean one image for ever come first, and are never overwritten; those that move come last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from builder import export, gate
+from builder.aliases import moving_tags
+from builder.credentials import Configuration
+from builder.engines.oci import recipe
+from builder.errors import CellFailedError, HashMismatchError, MatrixError, Problem, SourceError
+from builder.fetching import PARALLEL, Progress
+from builder.foreign import quoted
+from builder.gate import Verdict
+from builder.journal import Journal
+from builder.layout import Descriptor, Image
+from builder.matrix import Cell
+from builder.reference import Reference
+from builder.registry import Registry
+from builder.store import Store
+from builder.upload import Arrived, Target, Way, has_blob, push_blob, put_manifest, read_manifest, resolve
+
+MOST_SOURCES = 2
+"""Repositories that are asked for a blob before it is sent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tags:
+    """Names of an image in a repository."""
+
+    fixed: tuple[str, ...] = ()
+    """These mean one image for ever."""
+    moving: tuple[str, ...] = ()
+    """These go from image to image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An image that may be pushed, and under which names."""
+
+    image: Image
+    tags: Tags
+    verdicts: tuple[Verdict, ...]
+    """On whose word; none for an image that is marked as unproven."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushed:
+    """An image that is in a repository, or, of a dry run, would be."""
+
+    blobs: Mapping[Way, int]
+    """How many of its blobs were there, were mounted and were sent."""
+    bytes_sent: int
+    tags: Mapping[str, str | None]
+    """What each tag meant before, None for a new one."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as it is shown to machines."""
+        return {
+            "blobs": {way.value: self.blobs.get(way, 0) for way in Way},
+            "bytes_sent": self.bytes_sent,
+            "tags": [{"name": name, "before": before} for name, before in self.tags.items()],
+        }
+
+
+# ----------------------------------------------------------------------------------------------------
+# What, and where to
+
+
+def candidate(store: Store, cell: Cell, cells: Iterable[Cell], digest: str, *, unproven: bool) -> Candidate:
+    """Return what is to be pushed of a cell of `cells` whose image has `digest`.
+
+    Raises CellFailedError if it has no passing verdict, unless `unproven` things are pushed, too: then the image is
+    marked, which gives it another digest, and its tags say so, so that it can never be taken for a proven one.
+    """
+    image = export.stored_image(store, digest)
+    try:
+        verdicts = gate.require(store, digest, name=cell.id)
+    except CellFailedError:
+        if not unproven:
+            raise
+        names = tuple(f"{name}{gate.SUFFIX}" for name in cell.tag_names)
+        return Candidate(image=gate.marked(store, image), tags=Tags(moving=names), verdicts=())
+    tags = Tags(fixed=cell.tag_names, moving=moving_tags(cell, cells))
+    return Candidate(image=image, tags=tags, verdicts=verdicts)
+
+
+@contextlib.contextmanager
+def opened(destination: str, configuration: Configuration | None = None) -> Iterator[Target]:
+    """Yield the repository that `registry/repository` names; raises MatrixError if it is none."""
+    configuration = configuration or Configuration.of_user()
+    named = Reference.parse(destination, configuration)
+    if named.tag or named.digest:
+        raise MatrixError(
+            f"{quoted(destination)} is an image, not a repository",
+            why="the matrix says under which tags a cell is published",
+            tries=(f"{named.registry}/{named.repository}",),
+        )
+    place = configuration.locate(named)
+    with Registry(place.registry, configuration=configuration, named=named.registry) as registry:
+        yield Target(registry=registry, repository=place.repository)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Pushing
+
+
+def look(target: Target, image: Image, tags: Tags) -> Pushed:
+    """Return what `push` would do, raising what it would raise at once; what could be mounted counts as sent."""
+    before = _before(target, image, tags)
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        blobs = _content(image)
+        there = list(pool.map(functools.partial(has_blob, target), blobs))
+    missing = [blob.size for blob, is_there in zip(blobs, there, strict=True) if not is_there]
+    return Pushed(
+        blobs={Way.THERE: len(blobs) - len(missing), Way.SENT: len(missing)}, bytes_sent=sum(missing), tags=before
+    )
+
+
+def push(target: Target, store: Store, image: Image, tags: Tags, *, progress: Progress) -> Pushed:
+    """Bring an image into a repository, and then set its tags.
+
+    Nothing is sent that the registry has or can mount. Raises CellFailedError if a fixed tag is another image's, before
+    anything is sent, or if somebody else moves a tag meanwhile; SourceError if the registry fails or refuses,
+    HashMismatchError if it gives back something else, or bytes of the store were wrong. Then no tag is set that was not
+    set before the error.
+    """
+    with Journal.opened(store, target.registry.host, target.repository) as journal:
+        before = _before(target, image, tags)
+        arrived = _bring(target, store, image, journal, progress)
+        content = b"".join(recipe.pieces(store, image.manifest))
+        _store_manifest(target, image.manifest, content, journal)
+        # Whatever speaks about the image by its digest belongs here: once a tag leads to it, it must be there.
+        for name in (*tags.fixed, *tags.moving):
+            _set(target, name, image.manifest, content, before[name])
+    return Pushed(
+        blobs=Counter(one.way for one in arrived), bytes_sent=sum(one.bytes_sent for one in arrived), tags=before
+    )
+
+
+def _before(target: Target, image: Image, tags: Tags) -> dict[str, str | None]:
+    """Return what each tag means now; raises CellFailedError naming every fixed one that is another image's."""
+    before = {name: resolve(target, name) for name in (*tags.fixed, *tags.moving)}
+    taken = [name for name in tags.fixed if before[name] not in (None, image.manifest.digest)]
+    if taken:
+        raise CellFailedError(
+            problems=tuple(
+                Problem(
+                    what=f"the tag {name} exists, and is another image's",
+                    where=f"{target}:{name}",
+                    why=f"it is {before[name]}; this image is {image.manifest.digest}",
+                    tries=(
+                        "push to another repository: a tag that somebody may have pinned is never overwritten",
+                        "torchyard build --rebuild, if both should be the same image",
+                    ),
+                )
+                for name in taken
+            )
+        )
+    return before
+
+
+def _content(image: Image) -> tuple[Descriptor, ...]:
+    """Return the image's blobs once each: layers, the largest first so that the tail is short, and then the config."""
+    layers = {layer.blob.digest: layer.blob for layer in image.layers}
+    return (*sorted(layers.values(), key=lambda blob: (-blob.size, blob.digest)), image.config)
+
+
+def _bring(target: Target, store: Store, image: Image, journal: Journal, progress: Progress) -> Sequence[Arrived]:
+    """Bring every blob there, several at a time, the config last; the first failure stops the others."""
+    stop = threading.Event()
+
+    def bring(blob: Descriptor) -> Arrived:
+        arrived = push_blob(
+            target,
+            blob,
+            functools.partial(recipe.pieces, store, blob),
+            name="config" if blob is image.config else f"layer {blob.sha256[:12]}",
+            sources=journal.elsewhere(blob.digest)[:MOST_SOURCES],
+            progress=progress,
+            stop=stop,
+        )
+        journal.note_blob(blob.digest)
+        return arrived
+
+    *layers, config = _content(image)
+    with ThreadPoolExecutor(PARALLEL, thread_name_prefix="push") as pool:
+        futures = [pool.submit(bring, layer) for layer in layers]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            arrived = [future.result() for future in done]
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+    stop.clear()
+    return [*arrived, bring(config)]
+
+
+def _store_manifest(target: Target, manifest: Descriptor, content: bytes, journal: Journal) -> None:
+    """Store a manifest under its digest, and read it back unless that was done before."""
+
+    def needed() -> bool:
+        found = resolve(target, manifest.digest)
+        if found not in (None, manifest.digest):
+            raise _other(target, manifest, f"asked for it, the registry answers {found}")
+        return found is None
+
+    sent = put_manifest(target, manifest.digest, content, manifest.media_type, needed=needed)
+    if sent or not journal.has_read_back(manifest.digest):
+        found = read_manifest(target, manifest.digest)
+        if found is None:
+            raise SourceError(
+                "the registry took the manifest, and does not have it",
+                where=f"{target}@{manifest.digest}",
+                tries=("run again: what arrived is not sent again",),
+            )
+        if found != content:
+            raise _other(target, manifest, "read back, it has other bytes")
+        journal.note_read_back(manifest.digest)
+
+
+def _other(target: Target, manifest: Descriptor, why: str) -> HashMismatchError:
+    return HashMismatchError(
+        "the registry does not give the manifest that was pushed, and no tag was set",
+        where=f"{target}@{manifest.digest}",
+        why=why,
+        tries=("run again: a proxy may have changed it on the way", "do not use this registry if it stays"),
+    )
+
+
+def _set(target: Target, name: str, manifest: Descriptor, content: bytes, before: str | None) -> None:
+    """Let a tag mean the image, if it still means what it meant `before`.
+
+    Registries know no compare-and-set. The conditions are sent for those that heed them; elsewhere somebody who moves
+    the tag between the last look and the request is overwritten unnoticed. Who moves it afterwards is noticed.
+    """
+
+    def needed() -> bool:
+        now = resolve(target, name)
+        if now not in (before, manifest.digest):
+            raise _moved(target, name, manifest, before, now)
+        return now != manifest.digest
+
+    conditions = {"If-None-Match": "*"} if before is None else {"If-Match": f'"{before}"'}
+    if put_manifest(target, name, content, manifest.media_type, needed=needed, conditions=conditions):
+        now = resolve(target, name)
+        if now != manifest.digest:
+            raise _moved(target, name, manifest, before, now)
+
+
+def _moved(target: Target, name: str, manifest: Descriptor, before: str | None, now: str | None) -> CellFailedError:
+    return CellFailedError(
+        f"the tag {name} was moved by somebody else during the push",
+        where=f"{target}:{name}",
+        why=f"it was {before or 'not there'}, is {now or 'not there'} now, and this image is {manifest.digest}",
+        tries=("find out who else pushes there, and run again: the image is there by its digest",),
+    )
