@@ -12,6 +12,7 @@ from validate.verdict import (
     SKIPPED,
     WARNED,
     Result,
+    Skip,
     Status,
     exit_code,
     is_missing,
@@ -30,7 +31,9 @@ WIDTH = 110
 
 
 def lines(result: Result) -> Iterator[str]:
-    """Yield the lines of one result."""
+    """Yield the lines of one result; none for a check of another kind of image, which the last lines count."""
+    if result.skip is Skip.NOT_THIS_KIND:
+        return
     detail = result.detail if result.status in (Status.PASS, Status.SKIP) else ""
     if result.waiver:
         detail = f"until {result.waiver.until.isoformat()}: {result.waiver.why}"
@@ -61,8 +64,12 @@ def _indented(text: str, first: str) -> Iterator[str]:
 
 def summary(results: Sequence[Result], *, on_skip: str, strict: bool, narrowed: bool) -> Iterator[str]:
     """Yield the last lines: what is proven, what is not, and what the exit code means."""
-    counts: Dict[Status, int] = {status: sum(result.status is status for result in results) for status in Status}
-    yield " · ".join(f"{count} {_MARKS[status]}" for status, count in counts.items() if count) or "no checks"
+    mine = [result for result in results if result.skip is not Skip.NOT_THIS_KIND]
+    counts: Dict[Status, int] = {status: sum(result.status is status for result in mine) for status in Status}
+    words = [f"{count} {_MARKS[status]}" for status, count in counts.items() if count]
+    if len(results) > len(mine):
+        words.append(f"{len(results) - len(mine)} for other kinds of images")
+    yield " · ".join(words) or "no checks"
     names = {1: "without a GPU", 2: "on one GPU", 3: "on several GPUs"}
     if narrowed:
         yield "a selection of the checks: no tier is proven by it"

@@ -602,6 +602,14 @@ def test_people_see_what_is_waived_until_when_and_why() -> None:
     assert last[-1] == "not passed: what was required did not run"
 
 
+def test_people_are_not_shown_what_is_for_other_kinds_of_images() -> None:
+    other = Result("svc.sshd", "keys", 1, Status.SKIP, required=True, skip=Skip.NOT_THIS_KIND)
+    fine = Result("tiny.works", "works", 1, Status.PASS, required=True)
+    assert list(terminal.lines(other)) == []
+    last = list(terminal.summary([fine, other], on_skip="fail", strict=False, narrowed=False))
+    assert last == ["1 ok · 1 for other kinds of images", "T1 without a GPU: proven", "passed"]
+
+
 # --------------------------------------------------------------------------- verdict
 
 
