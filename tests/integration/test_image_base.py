@@ -156,7 +156,7 @@ def test_a_registry_image_as_base(tiny: Tiny, client: docker.DockerClient, cell:
     for taken_over in ("ExposedPorts", "Volumes", "StopSignal"):
         assert config[taken_over] == BASE_CONFIG[taken_over]
     assert (config["User"], config["WorkingDir"], config["Cmd"]) == ("1000:0", "/workspace", ["python"])
-    assert config["Entrypoint"] == ["/usr/bin/tini", "--"]
+    assert config["Entrypoint"] == ["/usr/bin/tini", "--", "/opt/venv/bin/torchyard-start"]
     assert config["Env"]["LANG"] == "C.UTF-8"
     assert config["Labels"]["of.the.base"] == "kept"
     assert config["Labels"]["torchyard.torch"] == "2.8.0+cu128"
