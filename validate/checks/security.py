@@ -94,11 +94,12 @@ def mounts(text: str) -> Set[str]:
     return found - {"/"}
 
 
-def _walk() -> Walk:
-    skipped: Set[str] = set()
+def _walk(probe: Probe) -> Walk:
+    """Return a walk over what the image holds, without what this run has put beside it."""
+    skipped: Set[str] = {probe.request.scratch} if ROOT == "/" else set()
     if ROOT == "/":
         with contextlib.suppress(OSError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-            skipped = mounts(file.read())
+            skipped |= mounts(file.read())
     # In a container these are mounts; where /proc cannot be read they still are not the image's.
     return Walk(ROOT, skipped | {"/proc", "/sys", "/dev"})
 
@@ -172,7 +173,7 @@ def user(probe: Probe) -> None:
     judge_sudo(_sudoers(), tell)
     strange, mine, files = [], [], 0
     owned = _packaged()
-    walk = _walk()
+    walk = _walk(probe)
     for entry in walk:
         files += 1
         mode = entry.status.st_mode
@@ -400,6 +401,7 @@ _NO_SECRET = re.compile(r"|/.*|[01]|true|false|yes|no|none|null|\$\{?\w+\}?", re
     title="the image holds no secrets",
     tier=1,
     deadline_s=WALK_S,
+    exclusive=True,  # other checks make keys for themselves, and start programs that do
     modes=("F62", "F81"),
 )
 def secrets(probe: Probe) -> None:
@@ -411,7 +413,7 @@ def secrets(probe: Probe) -> None:
     histories: List[str] = []
     cached: Dict[str, int] = {}
     files, read, unread, spent = 0, 0, 0, 0.0
-    walk = _walk()
+    walk = _walk(probe)
     for entry in walk:
         if not stat.S_ISREG(entry.status.st_mode):
             continue
