@@ -10,15 +10,14 @@ import os
 import secrets
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from validate.check import Probe, check
+from validate.service import Service, free_port, judge_end, judge_health, judge_token, told_to_end
 from validate.verdict import Blame, Skip
 
 NAME = "notebook"
@@ -26,10 +25,7 @@ PROGRAM = f"torchyard-{NAME}"
 KEPT = ".local/share/torchyard/jupyter-token"
 """Where the program keeps the token that it made, in the home directory."""
 START_S = 60.0
-STOP_S = 20.0
 KERNEL_S = 90.0
-ANSWER_S = 20.0
-_MOST = 1 << 20
 
 # ----------------------------------------------------------------------------------------------------
 # What is configured
@@ -242,29 +238,11 @@ print(json.dumps(said))
 
 
 @dataclass
-class Served:
+class Served(Service):
     """A running server, and what was given to it."""
 
-    process: subprocess.Popen[bytes]
-    port: int
-    token: str
-    log: str
-    """Path of what it prints."""
     runtime: str
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    def printed(self) -> str:
-        """Return what it printed."""
-        with open(self.log, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-            return file.read(_MOST)
-
-    def ask(self, method: str, path: str, token: Optional[str] = None, body: str = "") -> Tuple[int, bytes]:
-        """Return status and body of an answer; raises OSError or HTTPException if there is none."""
-        headers = {"Authorization": f"token {token}"} if token is not None else {}
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)) as connection:
-            connection.request(method, path, body=body or None, headers=headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read(_MOST)
+    """Directory of its kernels' connection files."""
 
     def answers(self) -> bool:
         """Tell whether it answers at all."""
@@ -302,16 +280,16 @@ def service(probe: Probe) -> None:
                 mode="F71",
             )
         _judge_doors(probe, server)
-        _judge_discretion(probe, server)
+        judge_token(probe, server)
         _judge_kernel(probe, server)
-        _judge_health(probe, program, server)
-        _judge_end(probe, server)
+        judge_health(probe, server, program, without="JUPYTER_TOKEN")
+        judge_end(probe, server, since=told_to_end(server))
 
 
 @contextlib.contextmanager
 def serving(probe: Probe, program: str, token: Optional[str], arguments: Sequence[str]) -> Iterator[Served]:
     """Start the program with a home of its own; gone afterwards."""
-    port = _free_port()
+    port = free_port()
     place = f"{probe.request.scratch}/jupyter-{os.getpid()}-{port}"
     runtime, home = f"{place}/runtime", f"{place}/home"
     for directory in (runtime, home):
@@ -331,16 +309,10 @@ def serving(probe: Probe, program: str, token: Optional[str], arguments: Sequenc
             env=environment,
         )
     try:
-        yield Served(process, port, token or "", log, runtime, environment)
+        yield Served(process, port, token or "", log, environment, "token", runtime)
     finally:
         process.kill()
         process.wait()
-
-
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _wait(server: Served) -> bool:
@@ -389,7 +361,7 @@ def _judge_doors(probe: Probe, server: Served) -> None:
     ]
     seen: Dict[str, int] = {}
     for label, method, path, token, right in asked:
-        status, _ = server.ask(method, path, token)
+        status, _ = server.ask(method, path, token=token)
         seen[f"{method} {path} {label}"] = status
         if status in right:
             continue
@@ -405,21 +377,11 @@ def _judge_doors(probe: Probe, server: Served) -> None:
     probe.saw(answers=seen)
 
 
-def _judge_discretion(probe: Probe, server: Served) -> None:
-    """Judge that the token that was given is in no log and in no list of processes."""
-    if server.token in server.printed():
-        probe.fail("the server prints the token that it was given", why="logs are read by more people", mode="F62")
-    for number in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208
-        with contextlib.suppress(OSError), open(f"/proc/{number}/cmdline", "rb") as words:  # noqa: PTH123
-            if server.token.encode() in words.read(_MOST):
-                probe.fail("the token stands in the list of processes", why=f"of process {number}", mode="F62")
-
-
 def _judge_kernel(probe: Probe, server: Served) -> None:
     """Start a kernel as the user interface does, and compare the torch that it imports with this Python's."""
-    status, body = server.ask("POST", "/api/kernels", server.token, "{}")
+    status, body = server.ask("POST", "/api/kernels", "{}", token=server.token)
     if status != http.client.CREATED:
-        probe.stop(f"no kernel starts: {status}", why=body.decode("utf-8", "replace")[-400:])
+        probe.stop(f"no kernel starts: {status}", why=body[-400:])
     kernel = str(json.loads(body)["id"])
     path = f"{server.runtime}/kernel-{kernel}.json"
     start = time.monotonic()
@@ -442,7 +404,7 @@ def _judge_kernel(probe: Probe, server: Served) -> None:
             )
     if said["secret"]:
         probe.fail("kernels see the token", why=f"{', '.join(said['secret'])} is in their environment", mode="F62")
-    server.ask("DELETE", f"/api/kernels/{kernel}", server.token)
+    server.ask("DELETE", f"/api/kernels/{kernel}", token=server.token)
     probe.detail(f"a kernel imports torch {said['torch']}; nobody is let in without the token")
 
 
@@ -465,33 +427,3 @@ def _program(probe: Probe, server: Served, arguments: Sequence[str]) -> str:
     if done.returncode != 0:
         probe.stop("a kernel cannot be used", why=done.stderr.strip()[-600:])
     return done.stdout
-
-
-def _judge_health(probe: Probe, program: str, server: Served) -> None:
-    """Judge what the image's health check says of the running server."""
-    done = subprocess.run(
-        [program, "--health"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env={name: value for name, value in server.environment.items() if name != "JUPYTER_TOKEN"},
-        timeout=ANSWER_S,
-        check=False,
-    )
-    if done.returncode != 0:
-        probe.fail("the health check fails though the server answers", why=(done.stdout + done.stderr).strip()[-300:])
-
-
-def _judge_end(probe: Probe, server: Served) -> None:
-    """Judge that the server ends when it is told to."""
-    server.process.send_signal(signal.SIGTERM)
-    start = time.monotonic()
-    try:
-        code = server.process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        probe.fail(f"the server does not end within {STOP_S:.0f} s of SIGTERM", why="the engine would kill it")
-        return
-    probe.metric("stop_s", time.monotonic() - start, "s", better="lower")
-    if code != 0:
-        probe.fail(f"the server ends with {code} after SIGTERM, not with 0", why=server.printed().strip()[-300:])

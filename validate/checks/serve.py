@@ -12,25 +12,20 @@ import json
 import os
 import secrets
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from validate.check import Probe, check
+from validate.service import ANSWER_S, MOST, Service, free_port, judge_end, judge_health, judge_token, told_to_end
 from validate.verdict import Skip
 
 NAME = "serve"
 PROGRAM = f"torchyard-{NAME}"
 START_S = 120.0
-ANSWER_S = 60.0
-STOP_S = 20.0
 PROGRAM_S = 240.0
-_MOST = 1 << 20
 _NEW = 24
 """Tokens of each answer."""
 _TOP = 3
@@ -454,36 +449,8 @@ def accelerate(probe: Probe) -> None:
 # The service
 
 
-def free_port() -> int:
-    """Return a port of the loopback that nobody listens on."""
-    with contextlib.closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@dataclass
-class Served:
-    """The running service, and what was given to it."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-    token: str
-    log: str
-    """Path of what it prints."""
-    environment: Mapping[str, str]
-
-    def printed(self) -> str:
-        """Return what it printed."""
-        with open(self.log, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-            return file.read(_MOST)
-
-    def ask(self, method: str, path: str, body: str = "", *, token: Optional[str] = None) -> Tuple[int, str]:
-        """Return status and text of an answer; raises OSError or HTTPException if there is none."""
-        headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)) as connection:
-            connection.request(method, path, body=body or None, headers=headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read(_MOST).decode("utf-8", "replace")
+class Served(Service):
+    """The running service."""
 
     def generate(self, **asked: Any) -> Tuple[int, str]:  # noqa: ANN401 (whatever JSON can hold)
         """Return the answer to one request, with the token."""
@@ -510,7 +477,7 @@ def serving(probe: Probe, program: str, folder: str, token: str) -> Iterator[Ser
             [program], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=variables
         )
     try:
-        yield Served(process, port, token, log, variables)
+        yield Served(process, port, token, log, variables, "Bearer")
     finally:
         process.kill()
         process.wait()
@@ -548,7 +515,7 @@ def service(probe: Probe) -> None:
         _judge_answers(probe, server)
         _judge_limits(probe, server, canary)
         _judge_discretion(probe, server, canary)
-        _judge_health(probe, program, server)
+        judge_health(probe, server, program, without="TORCHYARD_TOKEN")
         _judge_end(probe, server)
     probe.detail("nobody is answered without the token; greedy answers repeat, streamed or whole; it ends with 0")
 
@@ -678,31 +645,10 @@ def _judge_limits(probe: Probe, server: Served, canary: str) -> None:
 
 def _judge_discretion(probe: Probe, server: Served, canary: str) -> None:
     """Judge that neither prompts nor the token are in the log, nor the token in the list of processes."""
+    judge_token(probe, server)
     printed = server.printed()
-    if server.token in printed:
-        probe.fail("the service prints the token that it was given", why="logs are read by more people", mode="F62")
     if canary in printed or _PROMPT in printed:
         probe.fail("the service prints prompts", why="logs are read by more people than may read prompts")
-    for number in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208
-        with contextlib.suppress(OSError), open(f"/proc/{number}/cmdline", "rb") as words:  # noqa: PTH123
-            if server.token.encode() in words.read(_MOST):
-                probe.fail("the token stands in the list of processes", why=f"of process {number}", mode="F62")
-
-
-def _judge_health(probe: Probe, program: str, server: Served) -> None:
-    """Judge what the image's health check says of the running service."""
-    done = subprocess.run(
-        [program, "--health"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env={name: value for name, value in server.environment.items() if name != "TORCHYARD_TOKEN"},
-        timeout=ANSWER_S,
-        check=False,
-    )
-    if done.returncode != 0:
-        probe.fail("the health check fails though the service answers", why=(done.stdout + done.stderr).strip()[-300:])
 
 
 def _judge_end(probe: Probe, server: Served) -> None:
@@ -713,18 +659,10 @@ def _judge_end(probe: Probe, server: Served) -> None:
         connection.request("POST", "/generate", body=body, headers=headers)
         answer = connection.getresponse()
         beginning = answer.read1(200)
-        server.process.send_signal(signal.SIGTERM)
-        start = time.monotonic()
+        since = told_to_end(server)
         with contextlib.suppress(OSError, http.client.HTTPException):
-            beginning += answer.read(_MOST)
+            beginning += answer.read(MOST)
     names = [name for name, _ in events(beginning.decode("utf-8", "replace"))]
     if not names or names[-1] not in ("end", "error"):
         probe.fail("a stream breaks off at SIGTERM without a last event", why=f"the last of {len(names)}: {names[-1:]}")
-    try:
-        code = server.process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        probe.fail(f"the service does not end within {STOP_S:.0f} s of SIGTERM", why="the engine would kill it")
-        return
-    probe.metric("stop_s", time.monotonic() - start, "s", better="lower")
-    if code != 0:
-        probe.fail(f"the service ends with {code} after SIGTERM, not with 0", why=server.printed().strip()[-300:])
+    judge_end(probe, server, since=since)
