@@ -99,7 +99,7 @@ def fetch(plans: Iterable[Plan], index: Index, store: Store, report: Reporter) -
     missing = [file for file in wheels.values() if not store.has(file.sha256, size=file.size)]
     if missing:
         size = sum(file.size or 0 for file in missing)
-        _require(store.root, size + MARGIN_BYTES, f"fetch {len(missing)} wheels ({_gb(size)})")
+        require_disk(store.root, size + MARGIN_BYTES, f"fetch {len(missing)} wheels ({_gb(size)})")
         with report.transfers(f"wheels · {len(missing)} of {len(wheels)}, {_gb(size)}") as progress:
             index.fetch_all(missing, store, progress)
     for lock in locks.values():
@@ -133,10 +133,11 @@ def _one_file(progress: Progress) -> bases.Progress:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _require(directory: Path, size: float, purpose: str) -> None:
+def require_disk(directory: Path, size: float, purpose: str) -> None:
+    """Raise DiskError, with numbers, if `size` bytes are not free there."""
     free = shutil.disk_usage(directory).free
     if free < size:
         raise DiskError(
@@ -259,7 +260,7 @@ class _Room:
                 f"{image.id}: proven, and removed from the engine again to make room "
                 f"({_gb(needed)} needed for the next cell); --keep keeps it"
             )
-        _require(disk, needed, purpose)
+        require_disk(disk, needed, purpose)
 
 
 class StoreSession(Session):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
@@ -371,6 +372,12 @@ class Report(_Model):
         return EXIT[self.verdict.exit_code]
 
     @property
+    def untried(self) -> bool:
+        """Return whether nothing was tried on a GPU, though this torch is for GPUs."""
+        tiers = self.verdict.tiers
+        return bool(tiers) and "2" not in tiers and bool(self.environment.facts.get("cuda"))
+
+    @property
     def started(self) -> datetime:
         """When the run began."""
         return datetime.fromisoformat(self.volatile.started)
@@ -379,11 +386,22 @@ class Report(_Model):
         """Return the results with one of these statuses."""
         return tuple(result for result in self.results if result.status in statuses)
 
-    def groups(self) -> Mapping[str, Sequence[Result]]:
+    @property
+    def others(self) -> tuple[Result, ...]:
+        """Return the results of checks that are for other kinds of images, and found nothing here to look at."""
+        return tuple(result for result in self.results if result.skip is Skip.NOT_THIS_KIND)
+
+    def counts(self) -> Mapping[Status, int]:
+        """Return how many checks ended how, in the order of the statuses, without the others and without zeros."""
+        found = Counter(result.status for result in self.results if result.skip is not Skip.NOT_THIS_KIND)
+        return {status: found[status] for status in Status if found[status]}
+
+    def groups(self, *, others: bool = True) -> Mapping[str, Sequence[Result]]:
         """Return the results by group, in the order of the run."""
         found: dict[str, list[Result]] = {}
         for result in self.results:
-            found.setdefault(result.group, []).append(result)
+            if others or result.skip is not Skip.NOT_THIS_KIND:
+                found.setdefault(result.group, []).append(result)
         return found
 
     def missing(self) -> tuple[Result, ...]:

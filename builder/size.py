@@ -21,6 +21,8 @@ BAR = 12
 """Characters of the longest bar."""
 NARROWEST = 80
 """Columns below which nothing is made to fit."""
+SMALL = 1_000_000
+"""Bytes of a compressed layer below which a page does not name it; each cell has one, with its image.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,42 +258,69 @@ def _totals(found: Sizes) -> Iterator[str]:
 
 
 def markdown(found: Sizes) -> str:
-    """Return the sizes per cell and layer as a page of documentation."""
+    """Return the sizes as a page of documentation: of cells in their order, of layers the largest first."""
     which = _numbers(found)
+    layers = sorted(found.layers, key=lambda layer: -layer.size.compressed)
+    shown = [layer for layer in layers if layer.size.compressed >= SMALL]
+    rest = _sum(layer.size for layer in layers[len(shown) :])
     lines = [
         "# Sizes",
         "",
-        "Made by `torchyard size --markdown`. MB are 10^6 bytes. *Compressed* is what a registry stores and sends,",
-        "*unpacked* the bytes of the files. Cells share a layer whose digest is the same. *Its own* is what a cell",
-        "adds to all the others here, compressed.",
+        "Written by `torchyard size --markdown > docs/sizes.md`, from a store in which these images are complete",
+        "(`torchyard build --all`). It takes their wheels, so `make check` does not do it again.",
+        "",
+        "Numbers are MB, of 10^6 bytes. *Compressed* is what a registry stores and sends, *unpacked* the bytes of the",
+        "files. Images share a layer whose digest is the same. *Adds* is what has to be fetched, compressed, where",
+        "another image is there already: of those that stand above it the nearest, whose number follows.",
         "",
         *_markdown_table(
-            ("cell", "image", "layers", "compressed", "unpacked", "its own"),
+            ("no.", "image", "layers", "compressed", "unpacked", "adds", "to no."),
             [
-                (which([cell.id]), f"`{cell.tag}`", str(cell.layers), _mb(cell.size.compressed),
-                 _mb(cell.size.unpacked), _mb(cell.own.compressed))
+                (which([cell.id]), f"`{cell.tag}`", str(cell.layers), _number(cell.size.compressed),
+                 _number(cell.size.unpacked), *_added(found, cell, which))
                 for cell in found.cells
             ],
+            left=2,
         ),
         "",
-        *(f"{line}.  " for line in _totals(found)),
+        *(f"- {line}" for line in _totals(found)),
         "",
         "## Layers",
         "",
         *_markdown_table(
-            ("layer", "compressed", "unpacked", "cells", "digest"),
+            ("layer", "in no.", "digest", "compressed", "unpacked"),
             [
-                (_fitted(layer.title, 100), _mb(layer.size.compressed), _mb(layer.size.unpacked), which(layer.cells),
-                 f"`{layer.digest.removeprefix('sha256:')[:12]}`")
-                for layer in found.layers
+                *((_fitted(layer.title, 100), which(layer.cells), f"`{layer.digest.removeprefix('sha256:')[:12]}`",
+                   _number(layer.size.compressed), _number(layer.size.unpacked)) for layer in shown),
+                *([(f"{len(layers) - len(shown)} more of less than {SMALL / 1e6:.0f} MB each", "", "",
+                    _number(rest.compressed), _number(rest.unpacked))] if len(layers) > len(shown) else []),
             ],
+            left=3,
         ),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    for row in (columns, ("---",) * len(columns), *rows):
+def _added(found: Sizes, cell: CellRow, which: Callable[[Sequence[str]], str]) -> tuple[str, str]:
+    """Return what a cell adds to the one before it to which that is least, and which it is; of the first, "-"."""
+    before = [other.id for other in found.cells[: found.cells.index(cell)]]
+    added = {
+        other: sum(it.size.compressed for it in found.layers if cell.id in it.cells and other not in it.cells)
+        for other in before
+    }
+    if not added:
+        return "-", "-"
+    nearest = min(added, key=added.__getitem__)
+    return _number(added[nearest]), which([nearest])
+
+
+def _number(size: int) -> str:
+    return f"{size / 1e6:.1f}"
+
+
+def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> Iterator[str]:
+    """Yield the lines of a table; after the `left` first columns, which are text, numbers stand to the right."""
+    for row in (columns, ("---",) * left + ("---:",) * (len(columns) - left), *rows):
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
 
 

@@ -172,7 +172,7 @@ def _run(
     def tell(result: Result) -> None:
         text = list(terminal.lines(result))
         emit({"event": "result", "seconds": round(result.duration_s, 3), "text": text, **result.as_json()})
-        if not asked.json:
+        if text and not asked.json:
             sys.stdout.write("\n".join(text) + "\n")
             sys.stdout.flush()
 

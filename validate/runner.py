@@ -33,6 +33,9 @@ _HEAD, _TAIL = 16 << 10, 48 << 10
 """Bytes kept of what a check prints: the first cause stands at the beginning, the last words at the end."""
 _MOST_SEEN = 8 << 20
 """Bytes of what a check may report."""
+_LAST = 600
+"""Characters of what a check printed at last, that its finding shows; of lines, whole ones."""
+_TRY_QUIETER = "run it again where less else runs; if it still does not end, the output says where every thread waits"
 _GRACE_S = 3.0
 """For the traceback of every thread after the deadline, before the end by force."""
 
@@ -323,7 +326,8 @@ def _ended(one: Check, documents: Sequence[Mapping[str, Any]], why: str, printed
     if not whole:
         late = why.startswith("it did not end")
         result.status = Status.ERROR if late else Status.FAIL
-        result.findings.append(_recognised(f"{one.id} broke off: {why or 'its process ended early'}", printed))
+        what, remedy = f"{one.id} broke off: {why or 'its process ended early'}", _TRY_QUIETER if late else ""
+        result.findings.append(_recognised(what, printed, remedy=remedy))
     elif result.status is not Status.ERROR:
         worst = {finding.status for finding in result.findings}
         # What was found before a check gave up counts more than that it gave up.
@@ -334,7 +338,7 @@ def _ended(one: Check, documents: Sequence[Mapping[str, Any]], why: str, printed
     return result
 
 
-def _recognised(what: str, printed: str, *, harness: bool = False) -> Finding:
+def _recognised(what: str, printed: str, *, harness: bool = False, remedy: str = "") -> Finding:
     """Return the finding for something that broke: with cause and remedy if the message is a known one."""
     if harness:
         return Finding(Status.FAIL, what, why="the check itself is wrong: please report it", blame=Blame.HARNESS)
@@ -342,4 +346,7 @@ def _recognised(what: str, printed: str, *, harness: bool = False) -> Finding:
         return Finding(
             Status.FAIL, what, why=known.cause, remedy=known.remedy, mode=known.mode, blame=Blame(known.blame)
         )
-    return Finding(Status.FAIL, what, why=printed.strip()[-600:])
+    last = printed.strip()
+    if len(last) > _LAST:
+        last = last[-_LAST:].partition("\n")[2] or last[-_LAST:]
+    return Finding(Status.FAIL, what, why=last, remedy=remedy)

@@ -73,8 +73,11 @@ def summary(results: Sequence[Result], *, on_skip: str, strict: bool, narrowed: 
     names = {1: "without a GPU", 2: "on one GPU", 3: "on several GPUs"}
     if narrowed:
         yield "a selection of the checks: no tier is proven by it"
-    for tier, proven in () if narrowed else proven_tiers(results).items():
+    tiers = {} if narrowed else proven_tiers(results)
+    for tier, proven in tiers.items():
         yield f"T{tier} {names[tier]}: {'proven' if proven else 'not proven'}"
+    if tiers and 2 not in tiers and any(result.evidence.get("facts", {}).get("cuda") for result in results):
+        yield f"T2 {names[2]}: not tried, --gpus all tries it"
     code = exit_code(results, on_skip=on_skip, strict=strict)
     missing = any(is_missing(result) for result in results)
     yield {

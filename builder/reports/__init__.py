@@ -61,6 +61,8 @@ def directory_name(name: str) -> str:
 
 def write_all(report: Report, directory: Path) -> tuple[Path, ...]:
     """Write every form into `directory`; each file is the old one or the new one, never a part."""
+    # As report.json has it, sorted: so rendering that again gives the same bytes.
+    report = loads(dumps(report).encode(), where=str(directory))
     return _write({name: make(report) for name, make in FILES.items()}, directory)
 
 

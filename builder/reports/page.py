@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote
@@ -69,11 +70,7 @@ def _silent(report: Report) -> Iterator[tuple[Result, Finding]]:
 
 
 def _counts(report: Report) -> str:
-    parts = [
-        Bar(label=status, value=count, shown=str(count), tone=status)
-        for status in Status
-        if (count := report.verdict.counts.get(status, 0))
-    ]
+    parts = [Bar(label=status, value=count, shown=str(count), tone=status) for status, count in report.counts().items()]
     return stack(", ".join(f"{part.shown} {part.label}" for part in parts), parts)
 
 
@@ -98,11 +95,16 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "kernel", report.volatile.host.kernel
     yield "user id", str(report.volatile.host.uid)
     if facts.get("architectures"):
-        yield "architectures in torch", " ".join(map(str, facts["architectures"]))
+        yield "architectures in torch", " ".join(sorted(map(str, facts["architectures"]), key=_natural))
     if report.subject.digest:
         yield "digest", report.subject.digest
     if driver.error or driver.library_error:
         yield "driver says", driver.error or driver.library_error
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Return a key that sorts sm_90 before sm_100."""
+    return [(len(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", text)]
 
 
 def cudnn(number: int) -> str:

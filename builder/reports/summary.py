@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from builder.report import Finding, Report, Result, Status, line, plain, shown
 
-MAX_LINES = 60
-_MOST_FAILURES, _MOST_WARNINGS, _MOST_WAIVED, _MOST_NUMBERS, _MOST_GROUPS = 8, 4, 3, 12, 12
+MAX_LINES = 64
+_MOST_FAILURES, _MOST_WARNINGS, _MOST_WAIVED, _MOST_NUMBERS, _MOST_GROUPS = 8, 4, 3, 12, 15
 _LONGEST = 300
 """Characters of one text; the whole of it is in the report."""
 _MOST_ANNOTATIONS = 10
@@ -54,7 +54,7 @@ def overview(reports: Mapping[str, Report]) -> str:
             _text(str(facts.get("torch") or "-")),
             _text(str(facts.get("cuda") or "-")),
             _text(report.driver.devices or "-"),
-            str(len(report.results)),
+            str(len(report.results) - len(report.others)),
             _listed([*bad, *report.with_status(Status.WAIVED)]) or "-",
         ]
         rows.append(f"| {' | '.join(cells)} |")
@@ -88,8 +88,10 @@ def _command(kind: str, title: str, text: str) -> str:
 
 
 def _counts(report: Report) -> str:
-    parts = [f"{count} {status}" for status in Status if (count := report.verdict.counts.get(status, 0))]
+    parts = [f"{count} {status}" for status, count in report.counts().items()]
+    parts += [f"{len(report.others)} for other kinds of images"] if report.others else []
     tiers = [f"T{tier} {'proven' if proven else 'not proven'}" for tier, proven in report.verdict.tiers.items()]
+    tiers += ["T2 not tried"] if report.untried else []
     facts = report.environment.facts
     known = [f"{name} {facts[key]}" for name, key in (("torch", "torch"), ("CUDA", "cuda")) if facts.get(key)]
     words = [*parts, *tiers, f"profile {report.profile.name}", *known]
@@ -154,14 +156,16 @@ def _numbers(report: Report) -> Iterator[str]:
 
 
 def _details(report: Report) -> Iterator[str]:
-    groups = list(report.groups().items())
-    if not groups:
+    groups = list(report.groups(others=False).items())
+    if not report.results:
         return
     yield from ("<details><summary>all checks</summary>", "")
     for group, results in groups[:_MOST_GROUPS]:
         yield f"- **{_text(group)}** {_listed(results)}"
     if len(groups) > _MOST_GROUPS:
         yield f"- and {len(groups) - _MOST_GROUPS} more groups"
+    if report.others:
+        yield f"- for other kinds of images: {', '.join(result.id for result in report.others)}"
     yield from ("", "</details>", "", f"<sub>{_text(_origin(report))}</sub>")
 
 

@@ -33,6 +33,7 @@ ENGINES: Mapping[str, tuple[str, ...]] = {"oci": ("--load",), "docker": ("--engi
 PROOF = {"oci": ["bytes", "container"], "docker": ["container"]}
 NO_ENGINE = {"DOCKER_HOST": "unix:///nowhere/docker.sock"}
 CPU = "torch2.13.0-cpu-py3.11-bookworm-runtime"
+NOTEBOOK = "torch2.13.0-cpu-py3.11-bookworm-notebook"
 CUDA = "torch2.15.0-cu132-cudnn9.26.0.51-py3.11-bookworm-runtime"
 CUDA_NEEDS_GB = 15
 REAL_REPOSITORY = "torchyard-test-real"
@@ -250,12 +251,12 @@ def real(tmp_path_factory: pytest.TempPathFactory, client: docker.DockerClient) 
 
 @pytest.fixture(scope="session")
 def cpu_oci(real: Real, client: docker.DockerClient) -> Built:
-    return _built(real, client, "oci")
+    return _built(real, client, "oci", CPU, "--rebuild")
 
 
 @pytest.fixture(scope="session")
 def cpu_docker(real: Real, client: docker.DockerClient) -> Built:
-    return _built(real, client, "docker")
+    return _built(real, client, "docker", CPU, "--rebuild")
 
 
 @pytest.fixture(scope="session")
@@ -290,13 +291,29 @@ def cuda_oci(real: Real, request: pytest.FixtureRequest) -> Built:
     return Built(name=real.cell(CUDA).tags[0], document=document)
 
 
-def _built(real: Real, client: docker.DockerClient, engine: str) -> Built:
-    ran = real.run("build", CPU, *ENGINES[engine], "--rebuild", "--json")
+@pytest.fixture(scope="session")
+def notebook_docker(real: Real, client: docker.DockerClient) -> Built:
+    """A variant with a program of its own and many packages; leave the tags to `notebook_oci`, which comes second."""
+    if not os.environ.get("TORCHYARD_TEST_PARITY"):
+        pytest.skip("BuildKit takes minutes for a second cell: set TORCHYARD_TEST_PARITY=1")
+    return _built(real, client, "docker", NOTEBOOK)
+
+
+@pytest.fixture(scope="session")
+def notebook_oci(real: Real, client: docker.DockerClient, notebook_docker: Built) -> Built:
+    """The same cell; if it was loaded before, for other tests, its tags only come back to it."""
+    assert notebook_docker.name in names(client, REAL_REPOSITORY)
+    return _built(real, client, "oci", NOTEBOOK, "--keep")
+
+
+def _built(real: Real, client: docker.DockerClient, engine: str, cell: str, *options: str) -> Built:
+    ran = real.run("build", cell, *ENGINES[engine], *options, "--json")
     assert ran.code == 0, ran.err
     (document,) = ran.document
     assert (document["proven"], document["engine"], document["proof"]) == (True, engine, PROOF[engine])
-    for tag in real.cell(CPU).tags:
+    for tag in real.cell(cell).tags:
         assert client.images.get(tag).id == document["digest"]
     # The other engine's image will take over the tags, and an image goes with its last name.
-    client.images.get(document["digest"]).tag(REAL_REPOSITORY, engine)
-    return Built(name=f"{REAL_REPOSITORY}:{engine}", document=document)
+    name = f"{engine}-{document['tags'][0].rpartition(':')[2]}"
+    client.images.get(document["digest"]).tag(REAL_REPOSITORY, name)
+    return Built(name=f"{REAL_REPOSITORY}:{name}", document=document)

@@ -168,15 +168,15 @@ def _rows(record: bytes) -> list[tuple[str, ...]]:
     return sorted(rows)
 
 
-@pytest.fixture(scope="module")
-def both(client: docker.DockerClient, cpu_docker: Built, cpu_oci: Built) -> tuple[dict[str, File], dict[str, File]]:
-    return _files(client, cpu_docker.name), _files(client, cpu_oci.name)
+@pytest.fixture(scope="module", params=["cpu", "notebook"])
+def both(request: pytest.FixtureRequest) -> tuple[Built, Built]:
+    """One cell from either engine: the plain one, and a variant with a program and packages of its own."""
+    its, ours = (request.getfixturevalue(f"{request.param}_{engine}") for engine in ("docker", "oci"))
+    return its, ours
 
 
-def test_the_file_systems_differ_in_nothing_but_this(
-    both: tuple[dict[str, File], dict[str, File]], cpu_oci: Built
-) -> None:
-    its, ours = both
+def test_the_file_systems_differ_in_nothing_but_this(client: docker.DockerClient, both: tuple[Built, Built]) -> None:
+    its, ours = (_files(client, one.name) for one in both)
     assert len(ours) > 30_000
     found: dict[str | None, list[str]] = defaultdict(list)
     for path in sorted(its.keys() | ours.keys()):
@@ -190,7 +190,7 @@ def test_the_file_systems_differ_in_nothing_but_this(
         pairs = [(path, its[path].content, ours[path].content) for path in found[BYTECODE]]
         files = {"/tmp/pairs": pickle.dumps(pairs, protocol=4), "/tmp/compare.py": COMPARE.encode()}
         argv = [f"{PREFIX}/bin/python", "-I", "/tmp/compare.py"]
-        ran = engine.run(cpu_oci.name, argv, files=files, collect=["/tmp/different"], timeout_s=600)
+        ran = engine.run(both[1].name, argv, files=files, collect=["/tmp/different"], timeout_s=600)
         assert ran.exit_code == 0, ran.log
         assert not ran.files["/tmp/different"].decode().splitlines()
     finally:
@@ -201,8 +201,9 @@ def _shown(file: File | None) -> object:
     return file and replace(file, content=file.content[:200])
 
 
-def test_the_configurations_differ_in_nothing(client: docker.DockerClient, cpu_docker: Built, cpu_oci: Built) -> None:
-    assert _configuration(client, cpu_docker.name) == _configuration(client, cpu_oci.name)
+def test_the_configurations_differ_in_nothing(client: docker.DockerClient, both: tuple[Built, Built]) -> None:
+    its, ours = (_configuration(client, one.name) for one in both)
+    assert its == ours
 
 
 def _configuration(client: docker.DockerClient, name: str) -> Mapping[str, Any]:

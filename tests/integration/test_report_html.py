@@ -14,7 +14,7 @@ from tests.support.browser import Browser, browser
 
 pytestmark = pytest.mark.browser
 
-PAGES = ("gpu", "bad", "no_gpu", "waived", "hostile", "index")
+PAGES = ("gpu", "bad", "no_gpu", "waived", "notebook", "hostile", "index")
 PHONE, TABLET, SCREEN = 390, 760, 1280
 
 CONTRAST = """
@@ -77,7 +77,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pages")
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         "gpu": reports.gpu, "bad": reports.bad, "no_gpu": reports.no_gpu, "waived": reports.waived,
-        "hostile": reports.hostile,
+        "notebook": reports.notebook, "hostile": reports.hostile,
     }  # fmt: skip
     made = {name: reports.read(make()) for name, make in makers.items()}
     found = {name: forms.write_all(report, root / name)[-1] for name, report in made.items()}

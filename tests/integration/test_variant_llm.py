@@ -290,6 +290,46 @@ def test_it_validates_itself(image: str) -> None:
     assert passed >= {"llm.transformers", "llm.export", "llm.accelerate", "svc.generate"}, results
 
 
+TRACE = f"""{MODEL_CODE}
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, tokens, mask):
+        return self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+
+draw = torch.Generator().manual_seed(4)
+tokens = [torch.randint(2, len(tokenizer), shape, generator=draw) for shape in ((1, 12), (1, 29), (3, 7))]
+masks = [torch.ones_like(batch) for batch in tokens]
+masks[-1][0, :3] = 0
+with torch.no_grad():
+    wrapped = Logits(model).eval()
+    torch.jit.trace(wrapped, (tokens[0], masks[0])).save("/tmp/traced.pt")
+    torch.save([(batch, mask, wrapped(batch, mask)) for batch, mask in zip(tokens, masks)], "/tmp/truth.pt")
+"""
+LOAD = """
+import json, sys
+import torch
+traced = torch.jit.load("/tmp/traced.pt")
+truth = torch.load("/tmp/truth.pt", weights_only=True)
+with torch.no_grad():
+    apart = [float((traced(batch, mask) - logits)[mask.bool()].abs().max()) for batch, mask, logits in truth]
+print(json.dumps([apart, float(truth[0][2].std()), "transformers" in sys.modules]))
+"""
+"""Another process, which has nothing but torch and the file."""
+
+
+def test_a_traced_model_computes_the_same_without_transformers(image: str) -> None:
+    """Its mask is an argument: without one transformers writes the batch size of the example into the graph."""
+    programs = ("--env", f"TRACE={TRACE}", "--env", f"LOAD={LOAD}")
+    done = docker("run", "--rm", *ALONE, *programs, image, "sh", "-ec", 'python -c "$TRACE"; python -c "$LOAD"')
+    assert done.returncode == 0, done.stdout + done.stderr
+    apart, spread, imported = json.loads(done.stdout.splitlines()[-1])
+    assert spread > 0.1, "logits that say something"
+    assert max(apart) < 1e-4, "for the tokens it was traced with, for more of them, and for a padded batch"
+    assert not imported
+
+
 MUTATIONS: Sequence[Any] = [mutation for mutation in all_mutations() if mutation.needs == "llm"]
 
 

@@ -287,6 +287,21 @@ def waived() -> dict[str, Any]:
     )  # fmt: skip
 
 
+def notebook() -> dict[str, Any]:
+    """Return a document of an image that serves notebooks: what is for other services was not looked at."""
+    return document(
+        [
+            result("run.identity"),
+            result("svc.jupyter"),
+            result("svc.sshd", "skip", skip="not_this_kind", detail="the image runs no SSH server"),
+            result("sec.sshd", "skip", skip="not_this_kind", detail="the image runs no SSH server"),
+            result("run.locks", "skip", skip="not_declared", detail="there is no image.json"),
+        ],
+        exit_code=0,
+        tiers={"1": True},
+    )
+
+
 def hostile() -> dict[str, Any]:
     """Return a document that tries to break out of every form."""
     there = finding(HOSTILE, why=HOSTILE, remedy=HOSTILE, mode="F01")

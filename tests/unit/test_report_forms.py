@@ -17,14 +17,14 @@ from markdown_it import MarkdownIt
 
 from builder import reports as forms
 from builder.errors import DiskError, MatrixError
-from builder.report import Report, Status, plain
+from builder.report import Report, Status, load, plain
 from builder.reports import page as pages
 from builder.reports import plots
 from builder.reports import summary as summaries
 from builder.reports.figures import figures
 from tests.support import reports
 
-MAKERS = (reports.good, reports.gpu, reports.bad, reports.no_gpu, reports.waived, reports.hostile)
+MAKERS = (reports.good, reports.gpu, reports.bad, reports.no_gpu, reports.waived, reports.notebook, reports.hostile)
 EVERY = pytest.mark.parametrize("make", MAKERS, ids=[make.__name__ for make in MAKERS])
 Make = Callable[[], dict[str, Any]]
 
@@ -196,6 +196,19 @@ def test_markdown_has_a_line_for_what_is_waived_below_the_warnings() -> None:
     assert text.index("--shm-size=1g") < text.index(line) < text.index("<details>")
     assert "71 %" not in text, "what it found has been accepted"
     assert "1 waived" in text
+
+
+def test_markdown_has_one_line_for_what_is_for_other_kinds_of_images() -> None:
+    lines = forms.markdown(reports.read(reports.notebook())).splitlines()
+    assert lines[2].startswith("2 pass · 1 skip · 2 for other kinds of images · T1 proven · T2 not tried · ")
+    assert lines[lines.index("<details><summary>all checks</summary>") + 2 :][:4] == [
+        "- **run** ✓ run.identity · - run.locks (not_declared)",
+        "- **svc** ✓ svc.jupyter",
+        "- for other kinds of images: svc.sshd, sec.sshd",
+        "",
+    ]
+    table = summaries.overview({"notebook": reports.read(reports.notebook())})
+    assert table.splitlines()[-1].endswith("| 3 | - |")
 
 
 PRINTED = "h3 p ul li strong br table thead tbody tr th td details summary sub"
@@ -417,6 +430,29 @@ def test_a_page_lists_what_is_waived_with_its_reason_and_not_as_a_failure() -> N
     }
 
 
+def test_a_page_says_if_nothing_was_tried_on_a_gpu() -> None:
+    said = "T2, on one GPU: not tried"
+    assert said in safe(forms.html(reports.read(reports.notebook()))).text
+    assert said not in safe(forms.html(reports.read(reports.gpu()))).text
+    cpu = reports.notebook()
+    cpu["environment"]["facts"]["cuda"] = None
+    assert said not in safe(forms.html(reports.read(cpu))).text
+
+
+def test_a_page_has_architectures_in_their_order() -> None:
+    assert "sm_70 sm_75 sm_80 sm_86 sm_90 sm_100 sm_120" in safe(forms.html(reports.read(reports.gpu()))).text
+
+
+def test_a_page_folds_what_is_for_other_kinds_of_images() -> None:
+    page = forms.html(reports.read(reports.notebook()))
+    text = " ".join(safe(page).text.split())
+    assert "2 pass 1 skip 2 for other kinds of images" in text
+    folded = "2 more are for other kinds of images svc.sshd svc.sshd holds: the image runs no SSH server sec.sshd"
+    assert text.index("not_declared") < text.index(folded)
+    assert page.count("svc.sshd") == 2, "nowhere else"
+    assert "not_this_kind" not in page
+
+
 def test_every_status_has_a_colour_of_its_own() -> None:
     page = forms.html(reports.read(reports.waived()))
     themes = re.findall(r":root \{(.*?)\}", page, re.DOTALL)
@@ -529,6 +565,16 @@ def test_every_form_is_written(tmp_path: Path, make: Make) -> None:
     assert [path.name for path in paths] == names
     assert sorted(path.name for path in (tmp_path / "deep" / "down").iterdir()) == sorted(names)
     assert json.loads(paths[0].read_text("utf-8")) == document
+
+
+def test_what_is_rendered_again_is_the_same(tmp_path: Path) -> None:
+    document = reports.gpu()
+    # In the order of a run, which no file keeps.
+    document["results"][2]["metrics"] = {name: {"value": 1.5, "unit": "s", "better": ""} for name in ("z", "a")}
+    document["results"][2]["evidence"] = {"z": 1, "a": {"z": 2, "a": 3}}
+    first = forms.write_all(reports.read(document), tmp_path / "first")
+    again = forms.write_all(load(first[0]), tmp_path / "again")
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in first]
 
 
 def test_what_cannot_be_written_is_an_error_and_leaves_the_old_file(

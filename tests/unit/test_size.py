@@ -332,10 +332,28 @@ def test_a_page_of_documentation() -> None:
     pipes = cell("pipes", stored(10, 5_000_000, "RUN a | b"))
     page = size.markdown(sizes([RUNTIME, LLM, pipes]))
     rows = [[field.strip() for field in line.strip("|").split(" | ")] for line in page.splitlines() if line[:1] == "|"]
-    assert ["2", "`torchyard:llm`", "5", "1010.0 MB", "2340.0 MB", "30.0 MB"] in rows
-    assert ["torch 2.8.0", "900.0 MB", "2000.0 MB", "1-2", "`000000000000`"] in rows
-    assert r"| RUN a \| b | 5.0 MB |" in page
+    assert [row for row in rows if row[1].startswith("`")] == [
+        ["1", "`torchyard:runtime`", "4", "980.0", "2250.0", "-", "-"],
+        ["2", "`torchyard:llm`", "5", "1010.0", "2340.0", "30.0", "1"],
+        ["3", "`torchyard:pipes`", "1", "5.0", "0.0", "5.0", "1"],
+    ]
+    layers = rows[[row[0] for row in rows].index("layer") + 2 :]
+    assert layers == [
+        ["torch 2.8.0", "1-2", "`000000000000`", "900.0", "2000.0"],
+        ["base bookworm", "1-2", "`000000000000`", "60.0", "200.0"],
+        ["transformers 5.0, datasets 4.2", "2", "`000000000000`", "30.0", "90.0"],
+        ["bytecode of torch", "1-2", "`000000000000`", "20.0", "50.0"],
+        [r"RUN a \| b", "3", "`000000000000`", "5.0", "0.0"],
+        ["2 more of less than 1 MB each", "", "", "0.0", "0.0"],
+    ]
+    assert "\n- 1015.0 MB compressed, 2340.0 MB unpacked, 7 layers\n" in page
     assert page.endswith("|\n")
+
+
+def test_a_page_of_one_cell_leaves_nothing_out() -> None:
+    page = size.markdown(sizes([cell("one", BASE, TORCH)]))
+    assert "| 1 | `torchyard:one` | 2 | 960.0 | 2200.0 | - | - |" in page
+    assert "less than" not in page
 
 
 def test_for_machines() -> None:

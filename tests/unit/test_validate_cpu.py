@@ -136,7 +136,8 @@ def test_compiled_code(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"returncode": None}, "did not end"),
+        ({"returncode": None}, "when a rank dies torchrun waits for the others: it did not end"),
+        ({"returncode": None, "began": False}, "torchrun did not start its ranks"),
         ({"returncode": 0}, "reports success"),
         ({"survived": True}, "leaves a rank running"),
     ],

@@ -123,6 +123,13 @@ def test_it_explains_a_pasted_message(suite: Path) -> None:
     assert "Traceback" not in unknown.stderr
 
 
+def test_a_check_of_another_kind_leaves_no_line(suite: Path, tmp_path: Path) -> None:
+    (tmp_path / "image.json").write_text("{}")
+    asked = ["--only", "env.toolkit", "--image-json", str(tmp_path / "image.json")]
+    done = starts([sys.executable, str(suite), *asked], cwd=tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[:2]) == (4, ["", "1 for other kinds of images"]), done.stdout
+
+
 @pytest.mark.parametrize("version", [(2, 7, 18), (3, 8, 20)])
 def test_an_old_python_is_told_in_one_line(version: tuple[int, ...], tmp_path: Path) -> None:
     (tmp_path / "main.py").write_bytes(MAIN)

@@ -257,9 +257,21 @@ def test_what_was_seen_before_a_crash_is_kept(root: str, request_: Request) -> N
 def test_a_hang_is_ended_with_a_traceback_of_every_thread(root: str, request_: Request) -> None:
     result = one(root, request_, "hang", deadline_s=1)
     assert result.status is Status.ERROR
-    assert "did not end within 1 s" in result.findings[-1].what
+    (finding,) = result.findings
+    assert "did not end within 1 s" in finding.what
+    assert "less else runs" in finding.remedy
+    assert finding.why in result.output
+    assert result.output.strip().endswith(finding.why)
     assert "in_another_thread" in result.output
     assert "in_the_main_thread" in result.output
+
+
+def test_the_end_of_what_was_printed_begins_with_a_whole_line() -> None:
+    lines = [f"line {number} of what was printed" for number in range(100)]
+    shown = runner._recognised("it broke", "\n".join(lines)).why.splitlines()
+    assert 15 < len(shown) < 30
+    assert shown == lines[-len(shown) :]
+    assert runner._recognised("it broke", "x" * 5000).why == "x" * 600
 
 
 def test_one_that_ignores_signals_is_ended_by_force(
@@ -608,6 +620,20 @@ def test_people_are_not_shown_what_is_for_other_kinds_of_images() -> None:
     assert list(terminal.lines(other)) == []
     last = list(terminal.summary([fine, other], on_skip="fail", strict=False, narrowed=False))
     assert last == ["1 ok · 1 for other kinds of images", "T1 without a GPU: proven", "passed"]
+
+
+def test_people_are_told_if_nothing_was_tried_on_a_gpu_that_torch_is_for() -> None:
+    def last(cuda: str | None, *more: Result, narrowed: bool = False) -> list[str]:
+        identity = Result(
+            "run.identity", "", 1, Status.PASS, required=True, evidence={"facts": {"torch": "2.8.0", "cuda": cuda}}
+        )
+        return list(terminal.summary([identity, *more], on_skip="fail", strict=False, narrowed=narrowed))
+
+    said = "T2 on one GPU: not tried, --gpus all tries it"
+    assert last("12.8") == ["1 ok", "T1 without a GPU: proven", said, "passed"]
+    assert said not in last(None), "torch has no CUDA"
+    assert said not in last("12.8", narrowed=True)
+    assert said not in last("12.8", replace(EXTRA_SKIP, tier=2))
 
 
 # --------------------------------------------------------------------------- verdict

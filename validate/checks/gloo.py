@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Optional
@@ -15,12 +16,15 @@ from validate.check import Probe, check
 from validate.checks import collectives
 from validate.verdict import Blame
 
+_STARTS_S = 50.0
+"""For torchrun, which imports torch, to start its ranks; it takes seconds, and many on a machine that is busy."""
 _ENDS_S = 40.0
-"""For torchrun to start, to notice that a rank died, and to end the other; it takes some seconds."""
+"""For torchrun to notice that a rank died, and to end the other; it takes some seconds."""
 _DYING = f"""
 import os, signal
-signal.alarm({_ENDS_S + 10:.0f})  # whatever torchrun does, none of this stays
+signal.alarm({_STARTS_S + _ENDS_S + 10:.0f})  # whatever torchrun does, none of this stays
 if os.environ["RANK"] == "1":
+    open("dying", "w").close()
     os.kill(os.getpid(), signal.SIGKILL)
 with open("waiting", "w") as file:
     file.write(str(os.getpid()))
@@ -38,14 +42,24 @@ class Death:
     printed: str = ""
     survived: bool = False
     """Whether the other rank lived on."""
+    began: bool = True
+    """Whether a rank was killed at all."""
 
 
 def judge_death(probe: Probe, seen: Death) -> None:
     """Hold torchrun to ending with an error when a rank dies, and to leaving no other behind."""
-    if seen.returncode is None:
+    last = "\n".join(seen.printed.strip().splitlines()[-8:])
+    if seen.returncode is None and not seen.began:
+        probe.fail(
+            f"torchrun did not start its ranks within {_STARTS_S:.0f} s",
+            why=last,
+            remedy="run it again where less else runs; see dist.gloo's output",
+            blame=Blame.UNKNOWN,
+        )
+    elif seen.returncode is None:
         probe.fail(
             f"when a rank dies torchrun waits for the others: it did not end within {_ENDS_S:.0f} s",
-            why=seen.printed.strip()[-300:],
+            why=last,
             remedy="install torch again; until then something outside must watch a job",
             blame=Blame.UNKNOWN,
         )
@@ -94,15 +108,24 @@ def _die(scratch: str) -> Death:
             cwd=folder,
             env=environment,
         )
-    returncode: Optional[int]
-    try:
-        returncode = process.wait(_ENDS_S)
-    except subprocess.TimeoutExpired:
-        returncode = None
+    died = os.path.join(folder, "dying")  # noqa: PTH118
+    returncode = _ended(process, _STARTS_S, until=died)
+    began = os.path.exists(died)  # noqa: PTH110
+    if returncode is None and began:
+        returncode = _ended(process, _ENDS_S)
+    if returncode is None:
         process.kill()
         process.wait()
     with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-        return Death(returncode, file.read(), _lives(os.path.join(folder, "waiting")))  # noqa: PTH118
+        return Death(returncode, file.read(), _lives(os.path.join(folder, "waiting")), began)  # noqa: PTH118
+
+
+def _ended(process: subprocess.Popen[bytes], seconds: float, *, until: Optional[str] = None) -> Optional[int]:
+    """Wait for a process to end, or for a file to be there; return its exit code, None if it still runs."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end and not (until and os.path.exists(until)):  # noqa: PTH110
+        time.sleep(0.05)
+    return process.poll()
 
 
 @check(
