@@ -24,6 +24,11 @@ $(STAMP): pyproject.toml | system
 .PHONY: setup
 setup: $(STAMP) ## make .venv with the command line in it
 
+.PHONY: command
+command: | system ## make .venv with the command line alone, without what is for developers
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+
 .PHONY: system
 system:
 	@command -v dpkg-query >/dev/null || exit 0; \
@@ -68,9 +73,10 @@ lint: setup ## check style, types, Dockerfiles, shell scripts and workflows
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/hadolint images/*/Dockerfile
-	@$(BIN)/shellcheck .ci/run .ci/engine-up .ci/engine-down $$(grep -l '^#!/bin/\(ba\)\?sh' images/*/programs/*)
+	@$(BIN)/shellcheck $(wildcard .ci/*) $$(grep -l '^#!/bin/\(ba\)\?sh' images/*/programs/*)
 	@$(BIN)/zizmor --offline --quiet .github/workflows
 	@$(BIN)/check-jsonschema --schemafile docs/matrix.schema.json matrix.yaml >/dev/null
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml >/dev/null
 
 .PHONY: format
 format: setup ## write the code in the one format

@@ -32,17 +32,17 @@ def markdown(results: Results) -> str:
         f"# {results.cell}",
         _introduction(results),
         *(f"**failed** · {entry.name}: {entry.failure}" for entry in results.entries if entry.failure),
-        _table(_CONTENDERS, contenders(results)),
+        table(_CONTENDERS, contenders(results)),
     ]
     if rows := own(results):
-        parts += ["## torchyard, after the first cell", _table(_OWN, rows)]
+        parts += ["## torchyard, after the first cell", table(_OWN, rows)]
     parts += [
         "## In words",
         "\n".join(f"- {line}" for line in findings(results)),
         "## Machine",
-        _table(("", ""), [(name.replace("_", " "), value) for name, value in results.machine.items()]),
+        table(("", ""), [(name.replace("_", " "), value) for name, value in results.machine.items()]),
         "## Tools",
-        _table(("", ""), [*results.tools.items(), *(("pip", entry.pip) for entry in results.entries if entry.pip)]),
+        table(("", ""), [*results.tools.items(), *(("pip", entry.pip) for entry in results.entries if entry.pip)]),
         "## Commands",
         _PLACES,
         *(_commands(results, entry) for entry in results.entries if entry.commands),
@@ -64,15 +64,15 @@ def contenders(results: Results) -> list[Row]:
     return [
         (
             entry.name,
-            _seconds(entry.median),
-            _times(ratio(entry.median, own_time)) if entry.key not in ("d", "floor") else "",
-            _times(ratio(entry.median, floor)) if entry.key != "floor" else "",
-            _gb(entry.image_bytes),
-            _seconds(entry.to_import),
-            _seconds(entry.import_cold_seconds),
-            _seconds(entry.import_warm),
-            _gb(entry.peak_bytes),
-            _gb(entry.upgrade_bytes),
+            shown_seconds(entry.median),
+            shown_times(ratio(entry.median, own_time)) if entry.key not in ("d", "floor") else "",
+            shown_times(ratio(entry.median, floor)) if entry.key != "floor" else "",
+            shown_gb(entry.image_bytes),
+            shown_seconds(entry.to_import),
+            shown_seconds(entry.import_cold_seconds),
+            shown_seconds(entry.import_warm),
+            shown_gb(entry.peak_bytes),
+            shown_gb(entry.upgrade_bytes),
         )
         for entry in results.entries
         if entry.key in ("floor", "a", "b", "c", "d") and entry.seconds
@@ -84,11 +84,11 @@ def own(results: Results) -> list[Row]:
     return [
         (
             entry.name,
-            _gb(entry.wheel_bytes) if entry.wheel_bytes else "none",
-            _seconds(entry.median),
-            _seconds(entry.floor_seconds),
-            _times(ratio(entry.median, entry.floor_seconds)),
-            _gb(entry.peak_bytes),
+            shown_gb(entry.wheel_bytes) if entry.wheel_bytes else "none",
+            shown_seconds(entry.median),
+            shown_seconds(entry.floor_seconds),
+            shown_times(ratio(entry.median, entry.floor_seconds)),
+            shown_gb(entry.peak_bytes),
         )
         for entry in results.entries
         if entry.key in ("d2", "d3", "d4") and entry.seconds
@@ -145,7 +145,8 @@ def _commands(results: Results, entry: Entry) -> str:
     return text
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -155,15 +156,18 @@ def _median(results: Results, key: str) -> float | None:
     return entry.median if entry else None
 
 
-def _seconds(value: float | None) -> str:
+def shown_seconds(value: float | None) -> str:
+    """Return a time as people read it; nothing if it is not known."""
     return "" if value is None else f"{value:.0f} s" if value >= 100 else f"{value:.1f} s"
 
 
-def _times(value: float | None) -> str:
+def shown_times(value: float | None) -> str:
+    """Return a ratio as people read it; nothing if it is not known."""
     return "" if value is None else f"{value:.0f}{X}" if value >= 10 else f"{value:.1f}{X}"
 
 
-def _gb(value: int | None) -> str:
+def shown_gb(value: int | None) -> str:
+    """Return a size as people read it; nothing if it is not known."""
     return "" if value is None else f"{value / 1e9:.2f} GB"
 
 
@@ -195,16 +199,18 @@ def image_bars(results: Results) -> list[Bar]:
         if median is None or entry.key not in ("floor", "a", "b", "c", "d"):
             continue
         if entry.key == "floor":
-            bar = Bar(name="floor", parts=((median, FLOOR),), label=_seconds(median), remark="no method can avoid it")
+            bar = Bar(
+                name="floor", parts=((median, FLOOR),), label=shown_seconds(median), remark="no method can avoid it"
+            )
         elif entry.key == "d":
             over = ratio(median, _median(results, "floor"))
-            remark = f"{_times(over)} the floor" if over else ""
-            bar = Bar(name=entry.name, parts=((median, BUILD),), label=_seconds(median), remark=remark, own=True)
+            remark = f"{shown_times(over)} the floor" if over else ""
+            bar = Bar(name=entry.name, parts=((median, BUILD),), label=shown_seconds(median), remark=remark, own=True)
         else:
             bar = Bar(
                 name=entry.name,
                 parts=((median, PEER),),
-                label=_seconds(median),
+                label=shown_seconds(median),
                 remark=_compared(ratio(median, mine)),
             )
         bars.append(bar)
@@ -225,7 +231,7 @@ def import_bars(results: Results) -> list[Bar]:
             Bar(
                 name=entry.name,
                 parts=tuple(zip(spans, colours, strict=True)),
-                label=_seconds(entry.to_import),
+                label=shown_seconds(entry.to_import),
                 remark="" if own else _compared(ratio(entry.to_import, mine.to_import if mine else None)),
                 own=own,
             )
@@ -234,7 +240,7 @@ def import_bars(results: Results) -> list[Bar]:
 
 
 def _compared(times: float | None) -> str:
-    return f"{_times(times)} torchyard" if times else ""
+    return f"{shown_times(times)} torchyard" if times else ""
 
 
 def svg(results: Results) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from builder import program
 from builder.baselock import RELOCK, BaseLock
-from builder.debian import Deb, parse_stanzas
+from builder.debian import INSTEAD, Deb, parse_stanzas
 from builder.errors import CellFailedError, LockError, SourceError, ToolError
 from builder.store import Store
 from builder.tar import Entry
@@ -34,7 +34,9 @@ def bootstrap(
     if packages were not fetched.
     """
     _require_architecture(lock.architecture)
-    mmdebstrap = program.find("mmdebstrap", package="mmdebstrap", purpose="make a base from Debian packages")
+    mmdebstrap = program.find(
+        "mmdebstrap", package="mmdebstrap", purpose="make a base from Debian packages", tries=INSTEAD
+    )
     if lost := [deb for deb in lock.debs if not store.has(deb.sha256, size=deb.size)]:
         raise SourceError(
             f"{len(lost)} packages of the base are not in the store: {lost[0].name} {lost[0].version}, …",

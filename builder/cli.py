@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder import __version__, compat, errors, facts
+from builder import __version__, compat, errors, facts, runners
 from builder import base as bases
 from builder import build as builds
 from builder import export as exports
@@ -34,14 +34,15 @@ from builder.engines.oci import OciEngine
 from builder.engines.oci.inventory import inventory
 from builder.errors import CellFailedError, ImpossibleError, LockError, MatrixError, Problem, ToolError, TorchyardError
 from builder.index import Index
-from builder.matrix import Cell
+from builder.layout import Image
+from builder.matrix import Cell, Policy
 from builder.project import Project, architecture, system_packages
 from builder.render import Plan
 from builder.schema import BootstrapBase, json_schema
-from builder.store import Store
+from builder.store import Store, write_atomically
 
 if TYPE_CHECKING:
-    from builder import reports
+    from builder import cosign, reports
     from builder import update as updates
     from builder import validate as validation
 
@@ -123,7 +124,7 @@ def cli() -> None:
 # --------------------------------------------------------------------------- matrix
 
 
-def _cell_document(cell: Cell) -> dict[str, Any]:
+def _cell_document(cell: Cell, policy: Policy, found: runners.Cover) -> dict[str, Any]:
     return {
         "id": cell.id,
         "torch": str(cell.torch),
@@ -136,19 +137,31 @@ def _cell_document(cell: Cell) -> dict[str, Any]:
         "companions": list(cell.companions),
         "platform": cell.platform,
         "tags": list(cell.tags),
+        "base_kind": cell.base.kind,
+        "tiers": list(policy.tiers_of(cell)),
+        "runners": [runner.name for runner in found.runners_of(cell)],
     }
 
 
 @cli.command("matrix")
 @patterns
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of matrix.yaml instead.")
+@click.option("--github", "jobs", type=click.Choice(["builds", "gpus"]),
+              help="Print the matrix of a GitHub workflow's jobs instead: building, or on GPUs.")  # fmt: skip
 @_options
-def matrix_command(context: Context, patterns: Sequence[str], *, schema: bool) -> None:
+def matrix_command(context: Context, patterns: Sequence[str], *, schema: bool, jobs: str | None) -> None:
     """List the cells of the matrix."""
     if schema:
         click.echo(json.dumps(json_schema(), indent=2))
         return
-    documents = [_cell_document(cell) for cell in context.project.select(patterns)]
+    policy, cells = context.project.policy, context.project.select(patterns)
+    found = runners.cover(context.project.facts, cells, policy.runners, tiers=policy.tiers)
+    if jobs:
+        if jobs == "gpus":
+            _tell_lost(context, cells, found)
+        click.echo(json.dumps(runners.builds(cells) if jobs == "builds" else runners.validations(found)))
+        return
+    documents = [_cell_document(cell, policy, found) for cell in cells]
     columns = ("torch", "cuda", "cudnn", "nccl", "python", "base", "variant", "platform")
     context.console.table(
         (*columns, "tag", "id"),
@@ -158,6 +171,30 @@ def matrix_command(context: Context, patterns: Sequence[str], *, schema: bool) -
         ],
     )
     context.console.result(documents)
+
+
+def _tell_lost(context: Context, cells: Iterable[Cell], found: runners.Cover) -> None:
+    """Name the cells that no machine with a GPU can run; if their tiers have to be proven there, that is an error."""
+    policy = context.project.policy
+    names = {cell.id: cell.tag_names[0] for cell in cells}
+    lost = {names[key]: "; ".join(f"{one.where}: {one.what}" for one in found.lost[key]) for key in found.lost}
+    if policy.tiers == (1,) and not policy.runners:
+        context.console.say("there are no runners in the matrix: nothing is validated on a GPU")
+    elif policy.tiers == (1,):
+        for name, why in lost.items():
+            context.console.say(f"{name}: not validated on a GPU: {why}")
+    elif lost:
+        raise ImpossibleError(
+            problems=tuple(
+                Problem(
+                    what=f"no runner can prove {name}",
+                    where=f"{context.project.matrix_path.name}: publish.runners",
+                    why=why or "there are none",
+                    tries=("add a runner class that can", "publish.tiers: [1], and such an image is not held to a GPU"),
+                )
+                for name, why in lost.items()
+            )
+        )
 
 
 # --------------------------------------------------------------------------- resolve
@@ -259,8 +296,9 @@ def _found(read: Callable[[Cell], bases.BaseLock | None], cell: Cell) -> bases.B
 @patterns
 @click.option("--check", is_flag=True, help="Write nothing; fail if a lock is missing, stale or damaged.")
 @click.option("--bases", "again", is_flag=True, help="Also lock the bases' Debian packages again, for their updates.")
+@click.option("--keep-wheels", is_flag=True, help="Leave the wheels as they are locked, for updates of Debian alone.")
 @_options
-def lock_command(context: Context, patterns: Sequence[str], *, check: bool, again: bool) -> None:
+def lock_command(context: Context, patterns: Sequence[str], *, check: bool, again: bool, keep_wheels: bool) -> None:
     """Resolve the cells to hash-pinned wheels and write their locks."""
     project, console = context.project, context.console
     cells = project.select(patterns)
@@ -277,10 +315,10 @@ def lock_command(context: Context, patterns: Sequence[str], *, check: bool, agai
         console.say(f"{len(cells)} locks are whole and answer the matrix")
         console.result([{"id": cell.id, "lock": str(project.lock_path(cell)), "fresh": True} for cell in cells])
         return
-    index = Index()
+    resolve = project.lock if keep_wheels else functools.partial(locks.lock_cell, index=Index())
     # All or nothing: a set of locks that is half old and half new would be committed by somebody.
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-        futures = [pool.submit(locks.lock_cell, cell, index) for cell in cells]
+        futures = [pool.submit(resolve, cell) for cell in cells]
         found, failed = [], []
         try:
             for cell, future in zip(cells, futures, strict=True):
@@ -583,6 +621,71 @@ def licences_command(context: Context, patterns: Sequence[str]) -> None:
     console.result([cell.as_json() for cell in found])
 
 
+# --------------------------------------------------------------------------- sbom
+
+
+@cli.command("sbom")
+@patterns
+@everything_option
+@click.option("-o", "--output", default="-", show_default=True, metavar="PATH",
+              help="A file for one bill (- is standard output), or a directory for several.")  # fmt: skip
+@_options
+def sbom_command(context: Context, patterns: Sequence[str], *, everything: bool, output: str) -> None:
+    """Write the bill of materials of images that are built: CycloneDX, checked against what is installed in them."""
+    from builder import sbom  # noqa: PLC0415 (slow, see above)
+
+    store, console, target = Store.open(), context.console, Path(output)
+    plans = _plans(context, patterns, everything=everything, verb="sbom")
+    if output == "-" and len(plans) > 1:
+        raise MatrixError(
+            "standard output takes one bill", tries=("name one cell", "write to a directory: -o DIRECTORY/")
+        )
+    several = len(plans) > 1 or target.is_dir() or output.endswith("/")
+    failures, documents = [], []
+    for plan in plans:
+        try:
+            image = _complete(plan, store)
+            bill = sbom.bill(plan, store, image)
+            sbom.check(bill, plan, store, image)
+            if output == "-":
+                sys.stdout.buffer.write(bill)
+                sys.stdout.buffer.flush()
+                continue
+            path = target / f"{plan.cell.id}.cdx.json" if several else target
+            _write(path, bill)
+        except TorchyardError as error:
+            failures.append(error)
+            console.say(f"{plan.cell.id}: failed: {error.problems[0].what}")
+        else:
+            console.say(f"{plan.cell.id}: {path} · {image.manifest.digest}")
+            documents.append(
+                {"id": plan.cell.id, "path": str(path), "digest": image.manifest.digest, "size_bytes": len(bill)}
+            )
+    if output != "-":
+        console.result(documents)
+    _fail(failures, console, of=len(plans))
+
+
+def _complete(plan: Plan, store: Store) -> Image:
+    """Return the image of a cell that is built; raises ImpossibleError if it is not."""
+    image = builds.complete(plan, store, builder=OciEngine.name)
+    if image is None:
+        raise ImpossibleError(
+            f"{plan.cell.id} is not complete in the store",
+            where=str(store.root),
+            why="a bill of materials names the digests of an image and of its layers",
+            tries=(f"torchyard build {plan.cell.id}",),
+        )
+    return image
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; raises MatrixError if the path is no place for one."""
+    if path.exists() and not path.is_file():
+        raise MatrixError("not a file", where=str(path), tries=("name a file, or an existing directory",))
+    write_atomically(path, content)
+
+
 # --------------------------------------------------------------------------- validate
 
 
@@ -693,12 +796,17 @@ def validate_command(
     keep: bool,
     **asked: Any,  # noqa: ANN401 (the words of Asked)
 ) -> None:
-    r"""Say whether images, or this machine, are what they claim to be, and work.
+    """Say whether images, or this machine, are what they claim to be, and work.
 
     \b
-    Exit codes: 0 every required check passed; 1 a check failed; 2 usage; 3 an image could not be validated at all;
-    4 a required check did not run, or nothing was proven; 5 warnings, with --strict.
-    """
+    Exit codes:
+      0  every required check passed, and none failed
+      1  a check failed or broke
+      2  usage
+      3  an image could not be validated at all
+      4  a required check did not run, or nothing was proven
+      5  warnings, with --strict
+    """  # noqa: D301 (a backspace, by which click knows lines that it is not to join)
     from builder import reports  # noqa: PLC0415 (slow, see above)
     from builder import validate as validation  # noqa: PLC0415 (the same)
 
@@ -808,6 +916,25 @@ def report_render_command(context: Context, path: Path, output: Path) -> None:
     context.console.result({"path": str(output)})
 
 
+@report_group.command("keep")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@_options
+def report_keep_command(context: Context, paths: Sequence[Path]) -> None:
+    """Keep reports that other machines made as verdicts on images of this store, for `push` to ask.
+
+    A PATH is a report.json, or a directory with some below it. All of them are kept, or none.
+    """
+    from builder import verdicts  # noqa: PLC0415 (slow, see above)
+
+    store, found = Store.open(), verdicts.find(paths)
+    kept = verdicts.keep(store, verdicts.read(found, context.project.fresh_plans(context.project.cells), store))
+    for one in kept:
+        tiers = ", ".join(f"T{tier}" for tier in one["tiers"])
+        kind = "passing" if one["passed"] else "failing"
+        context.console.say(f"{one['id']}: {f'{kind} verdict on {tiers} kept' if tiers else 'it tried no tier'}")
+    context.console.result(kept)
+
+
 @report_group.command("schema")
 @_options
 def report_schema_command(context: Context) -> None:  # noqa: ARG001 (it is JSON with any option)
@@ -826,29 +953,60 @@ def report_schema_command(context: Context) -> None:  # noqa: ARG001 (it is JSON
 @click.option("--to", "destination", required=True, metavar="REGISTRY/REPOSITORY", help="Where the images go.")
 @click.option("--unproven", is_flag=True,
               help="Push also what has no passing verdict, marked as unproven in its labels and tags.")  # fmt: skip
+@click.option(
+    "--key", metavar="KEY", help="Sign with a private key as cosign knows it: a file, awskms://..., env://..."
+)
+@click.option("--keyless", is_flag=True, help="Sign as whom the environment's identity token names; needs the network.")
+@click.option("--vex", "vex_path", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="FILE",
+              help="An OpenVEX document to attach: which vulnerabilities do not touch the images.")  # fmt: skip
+@click.option("--builder", metavar="URI", envvar="TORCHYARD_BUILDER",
+              help="Who builds, for the provenance: the URI of a workflow.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Ask the registry what it has, and send nothing.")
 @_options
 def push_command(
-    context: Context, patterns: Sequence[str], *, everything: bool, destination: str, unproven: bool, dry_run: bool
+    context: Context,
+    patterns: Sequence[str],
+    *,
+    everything: bool,
+    destination: str,
+    unproven: bool,
+    key: str | None,
+    keyless: bool,
+    vex_path: Path | None,
+    builder: str | None,
+    dry_run: bool,
 ) -> None:
     """Publish images that have a passing verdict, and set their tags last; what is not built yet is built before."""
     from builder import push as pushes  # noqa: PLC0415 (slow, see above)
+    from builder import upload  # noqa: PLC0415 (as above)
+    from builder.provenance import SOMEBODY  # noqa: PLC0415 (as above)
 
     console = context.console
     plans = _plans(context, patterns, everything=everything, verb="push")
     session, store = _session(context, engine="oci", load=False), Store.open()
+    signer, vex = _signer(key, keyless=keyless), vex_path.read_bytes() if vex_path else None
+    if context.project.policy.signed and signer is None and not (unproven or dry_run):
+        raise MatrixError(
+            "nothing is pushed without a signature",
+            where=f"{context.project.matrix_path.name}: publish.signed",
+            tries=("--key KEY, or --keyless",),
+        )
     failures, documents, rows = [], [], []
     with pushes.opened(destination) as target:
         for plan in plans:
             started = time.monotonic()
             try:
                 digest = session.build(plan).digest
-                found = pushes.candidate(store, plan.cell, context.project.cells, digest, unproven=unproven)
+                now = functools.partial(upload.resolve, target)
+                found = pushes.candidate(store, plan, context.project.family, digest, now=now, unproven=unproven)
                 if dry_run:
                     done = pushes.look(target, found.image, found.tags)
                 else:
+                    said = pushes.evidence(
+                        context.project, plan, store, found, signer=signer, vex=vex, builder=builder or SOMEBODY
+                    )
                     with console.transfers(f"push {plan.cell.id}") as progress:
-                        done = pushes.push(target, store, found.image, found.tags, progress=progress)
+                        done = pushes.push(target, store, found.image, found.tags, evidence=said, progress=progress)
             except TorchyardError as error:
                 failures.append(error)
                 console.say(f"{plan.cell.id}: failed: {error.problems[0].what}")
@@ -858,6 +1016,7 @@ def push_command(
                 "repository": str(target),
                 "digest": found.image.manifest.digest,
                 "proven": bool(found.verdicts),
+                "signed": bool(found.verdicts) and signer is not None,
                 "verdicts": [verdict.as_json() for verdict in found.verdicts],
                 "dry_run": dry_run,
                 "seconds": round(time.monotonic() - started, 1),
@@ -871,8 +1030,24 @@ def push_command(
     _fail(failures, console, of=len(plans))
 
 
+def _signer(key: str | None, *, keyless: bool) -> cosign.Signer | None:
+    """Return who signs; None if nobody does. A key that cannot be read is found out before anything is sent."""
+    from builder import cosign  # noqa: PLC0415 (slow, see above)
+
+    if key and keyless:
+        raise MatrixError("a key and --keyless exclude each other", tries=("sign with one of them",))
+    if not key and not keyless:
+        return None
+    cosign.require()
+    signer = cosign.Signer(key=key or "")
+    signer.public_key()
+    return signer
+
+
 def _pushed_row(document: Mapping[str, Any]) -> list[str]:
     state = "proven" if document["proven"] else "unproven, and marked so"
+    if document["signed"]:
+        state += ", signed"
     return [
         document["tags"][0]["name"],
         document["digest"][:19],
@@ -881,6 +1056,109 @@ def _pushed_row(document: Mapping[str, Any]) -> list[str]:
         f"{document['seconds']:.1f}",
         f"{state}; nothing was sent" if document["dry_run"] else state,
     ]
+
+
+# --------------------------------------------------------------------------- verify
+
+
+@cli.command("verify")
+@click.argument("reference", metavar="REFERENCE")
+@click.option("--key", metavar="KEY", help="The publisher's public key: a file, or what cosign knows of it elsewhere.")
+@click.option("--identity", metavar="NAME", help="Without a key: whose certificate, as its issuer names him.")
+@click.option("--issuer", metavar="URL", help="Who vouches for that identity.")
+@click.option("--unsigned", is_flag=True, help="Ask for no signature: what is said is compared, whoever says it.")
+@click.option("--tier", type=click.IntRange(1, 9), default=1, show_default=True, help="The tier that must be proven.")
+@click.option("--content", is_flag=True, help="Also fetch every layer, and hash its bytes.")
+@_options
+def verify_command(
+    context: Context,
+    reference: str,
+    *,
+    key: str | None,
+    identity: str | None,
+    issuer: str | None,
+    unsigned: bool,
+    tier: int,
+    content: bool,
+) -> None:
+    """Verify a published image: signature, provenance, bill of materials, verdict, and observed = declared."""
+    from builder import verify as verifying  # noqa: PLC0415 (slow, see above)
+
+    trust = _trust(key, identity, issuer, unsigned=unsigned)
+    console = context.console
+    with verifying.opened(reference) as (target, name), console.transfers(f"verify {reference}") as progress:
+        done = verifying.verify(target, name, trust, tiers=range(1, tier + 1), content=content, progress=progress)
+    console.table(("verified", ""), [[one.what, one.detail] for one in done.known])
+    for note in done.notes:
+        console.say(f"note: {note}")
+    console.result(done.as_json())
+
+
+def _trust(key: str | None, identity: str | None, issuer: str | None, *, unsigned: bool) -> cosign.Trust | None:
+    from builder import cosign  # noqa: PLC0415 (slow, see above)
+
+    if [bool(key), bool(identity or issuer), unsigned].count(True) != 1 or bool(identity) is not bool(issuer):
+        raise MatrixError(
+            "whose signature counts is not said, or not once",
+            tries=("--key cosign.pub", "--identity NAME --issuer URL", "--unsigned, if nobody's is wanted"),
+        )
+    if unsigned:
+        return None
+    cosign.require()
+    return cosign.Trust(key=key or "", identity=identity or "", issuer=issuer or "")
+
+
+# --------------------------------------------------------------------------- reproduce
+
+
+@cli.command("reproduce")
+@click.argument("subjects", metavar="CELL|IMAGE...", nargs=-1, required=True)
+@click.option("--store", "directory", type=click.Path(path_type=Path, exists=True, file_okay=False),
+              help="Where the clean store is made for as long as it takes, instead of in your own.")  # fmt: skip
+@click.option("--trust-base", is_flag=True,
+              help="Also if a published image starts from another image, whose Python then runs here.")  # fmt: skip
+@click.option("--top", type=click.IntRange(min=0), default=5, show_default=True, metavar="N",
+              help="Differences of a class to show.")  # fmt: skip
+@_options
+def reproduce_command(
+    context: Context, subjects: Sequence[str], *, directory: Path | None, trust_base: bool, top: int
+) -> None:
+    """Make images again from their locks, in a clean store; exit code 1 if a digest is another, and what differs.
+
+    A CELL is compared with the image of your store; an IMAGE in a registry is made from the inputs in its provenance.
+    """
+    from builder import reproduce, verify  # noqa: PLC0415 (slow, see above)
+    from builder.compare import text  # noqa: PLC0415 (the same)
+
+    console = context.console
+    cells, references = _cells_and_references(context, subjects, everything=False)
+    workshop = reproduce.Workshop(store=Store.open(), index=Index(), report=console, directory=directory)
+
+    def image(reference: str) -> reproduce.Reproduced:
+        with verify.opened(reference) as (target, name):
+            return reproduce.published(target, name, workshop, trust_base=trust_base)
+
+    tasks: dict[str, Callable[[], reproduce.Reproduced]] = {
+        plan.cell.id: functools.partial(reproduce.cell, plan, workshop) for plan in context.project.fresh_plans(cells)
+    }
+    tasks |= {reference: functools.partial(image, reference) for reference in references}
+    failures, done = [], []
+    for name, task in tasks.items():
+        try:
+            done.append(task())
+        except TorchyardError as error:
+            failures.append(error)
+            console.say(f"{name}: failed: {error.problems[0].what}")
+            continue
+        console.write(f"{done[-1].cell_id}: {'the same' if done[-1].is_same else 'DIFFERS'}")
+        console.write(f"  expected  {done[-1].expected}  {done[-1].against}")
+        console.write(f"  rebuilt   {done[-1].rebuilt}  from the lock, in {done[-1].seconds:.1f} s")
+        if done[-1].groups:
+            console.write(text(done[-1].groups, top=top))
+    console.result([one.as_json() for one in done])
+    _fail(failures, console, of=len(tasks))
+    if not all(one.is_same for one in done):
+        sys.exit(CellFailedError.exit_code)
 
 
 # --------------------------------------------------------------------------- size

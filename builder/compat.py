@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -212,6 +213,7 @@ def _read_platform(text: str) -> Platform:
 _IDLE_WORDS = re.compile(r"\b(nvidia|geforce|tesla|laptop|gpu|sxm[0-9]?|pcie|nvl|[0-9]+ ?gb|hbm[0-9]e?)\b", re.ASCII)
 
 
+@functools.cache
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", _IDLE_WORDS.sub(" ", name.lower()))
 
@@ -227,7 +229,7 @@ def _read_gpu(facts: Facts, text: str) -> Gpu:
         name = _plain(text)
         found = [gpu for gpu in facts.gpus if name and name in map(_plain, gpu.names)]
         found = found or [gpu for gpu in facts.gpus if name and name == _plain(gpu.family)]
-        names = {_plain(name): name for gpu in facts.gpus for name in gpu.names}
+        names = {} if found else {_plain(name): name for gpu in facts.gpus for name in gpu.names}
         near = [names[key] for key in difflib.get_close_matches(name[:80], names, n=3)]
     if not found:
         raise MatrixError(f"GPU {_short(text)} is not known", tries=(*near, "its compute capability, such as sm_90"))
@@ -553,6 +555,37 @@ def check_cell(
         return explain(facts, request).problems
     except MatrixError as error:
         return error.problems
+
+
+def check_host(
+    facts: Facts, *, torch: Version, cuda: str, cudnn: Version | None, platform: str, driver: str, gpu: str
+) -> tuple[Problem, ...]:
+    """Return why a cell that can exist does not run on a host, nothing when it does; what would is not looked for.
+
+    `cudnn` is that of an override.
+    """
+    request = Request(
+        torch=str(torch),
+        cuda=cuda,
+        cudnn=None if cudnn is None else str(cudnn),
+        driver=driver,
+        gpu=gpu,
+        platform=platform,
+    )
+    wanted = _understand(facts, request)
+    assert wanted.cuda is not None, "it was given"
+    build = facts.build(wanted.torch, wanted.cuda, wanted.platform)
+    assert build is not None, "it can exist"
+    return tuple(_faults(facts, build, wanted).values())
+
+
+def check_gpu(facts: Facts, gpu: str) -> tuple[Problem, ...]:
+    """Return why a GPU is not one that the facts know, nothing when it is."""
+    try:
+        _read_gpu(facts, gpu)
+    except MatrixError as error:
+        return error.problems
+    return ()
 
 
 def _refused(facts: Facts, wanted: _Wanted, torch: Version, problems: Sequence[Problem]) -> Answer:

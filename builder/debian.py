@@ -27,6 +27,8 @@ FILENAME = re.compile(r"pool/(?:[A-Za-z0-9][A-Za-z0-9+.~_-]*/)+[A-Za-z0-9][A-Za-
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
+INSTEAD = ("use a base of kind `image` (any registry image, by digest)",)
+"""What can be done where Debian's own programs are missing."""
 _BATCH_BYTES = 16 << 20
 
 
@@ -140,7 +142,7 @@ class Apt:
             "Dir::Cache": f"{directory}/cache/",
         }
         options = [part for key, value in state.items() for part in ("-o", f"{key}={value}")]
-        apt_get = program.find("apt-get", package="apt", purpose="resolve and fetch Debian packages")
+        apt_get = program.find("apt-get", package="apt", purpose="resolve and fetch Debian packages", tries=INSTEAD)
         sources = program.run(
             [apt_get, "update", "--print-uris", "-o", "Debug::NoLocking=true", *options],
             purpose="read this machine's apt sources",

@@ -20,7 +20,7 @@ from builder.reference import REPOSITORY
 from builder.store import Store, named_enospc, write_atomically
 
 SCHEMA = 1
-BLOB, MANIFEST = "blob", "manifest"
+BLOB, MANIFEST, REFERRER = "blob", "manifest", "referrer"
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -77,6 +77,14 @@ class Journal:
         """Note that a manifest came back from the repository byte for byte."""
         self._note(MANIFEST, digest)
 
+    def note_attached(self, digest: str) -> None:
+        """Note the manifest of something that this store signed, or not, and attached to an image there."""
+        self._note(REFERRER, digest)
+
+    def has_attached(self, digest: str) -> bool:
+        """Tell whether this store attached something."""
+        return self._noted.get(digest) == REFERRER
+
     def _note(self, kind: str, digest: str) -> None:
         with self._guard:
             if digest not in self._noted:
@@ -108,7 +116,7 @@ def _read(path: Path) -> tuple[dict[str, object] | None, dict[str, str]]:
                 continue
             if document.get("schema") == SCHEMA:
                 head = document
-            for kind in (BLOB, MANIFEST):
+            for kind in (BLOB, MANIFEST, REFERRER):
                 if _DIGEST.fullmatch(str(document.get(kind))):
                     noted[document[kind]] = kind
     return head, noted

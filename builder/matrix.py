@@ -16,7 +16,7 @@ from packaging.version import Version
 from pydantic import BaseModel
 
 from builder import toolkit
-from builder.compat import check_cell
+from builder.compat import check_cell, check_gpu
 from builder.errors import ImpossibleError, MatrixError, Problem
 from builder.facts import CPU, Build, Cuda, Driver, Facts
 from builder.facts import Index as Published
@@ -28,6 +28,7 @@ from builder.schema import (
     ImageBase,
     Index,
     Matrix,
+    Runner,
     Selector,
     Variant,
     listed,
@@ -105,6 +106,33 @@ class Cell:
     def torch_local(self) -> str:
         """Return torch's version as torch itself reports it: 2.8.0+cu128."""
         return f"{self.torch}+{cuda_label(self.cuda)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What must hold before a cell is published, and where it is proven.
+
+    It is in no lock, plan or image: how images are published can change, and they stay what they are.
+    """
+
+    tiers: tuple[int, ...] = (1,)
+    latest: str | None = None
+    """Id of the cell that bears the tag `latest`."""
+    signed: bool = False
+    """Whether nothing is pushed without a signature."""
+    runners: tuple[Runner, ...] = ()
+
+    def tiers_of(self, cell: Cell) -> tuple[int, ...]:
+        """Return the tiers that must be proven of a cell; nothing about GPUs can be proven of one without CUDA."""
+        return tuple(tier for tier in self.tiers if tier == 1 or cell.cuda != CPU)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """All that a matrix says: the images, and how they are published."""
+
+    cells: tuple[Cell, ...]
+    policy: Policy
 
 
 def _architectures(build: Build) -> tuple[str, ...]:
@@ -390,11 +418,12 @@ def _complete(matrix: Matrix, where: str, point: Point, facts: Facts, *, judge: 
     )
 
 
-def expand(matrix: Matrix, facts: Facts, *, file: str = "matrix.yaml", damage: Damage = UNDAMAGED) -> tuple[Cell, ...]:
-    """Return the matrix' cells in the order of the file.
+def expand(matrix: Matrix, facts: Facts, *, file: str = "matrix.yaml", damage: Damage = UNDAMAGED) -> Family:
+    """Return the matrix' cells in the order of the file, and how they are published.
 
     Raises MatrixError with every problem at once: undefined names, impossible combinations, excludes that match
-    nothing, two cells with one id or tag. Of a damaged matrix, only what the damage cannot have caused is reported.
+    nothing, two cells with one id or tag, a `latest` that is no cell. Of a damaged matrix, only what the damage cannot
+    have caused is reported.
     """
     points, found = _points(matrix, damage)
     problems = [*_unknown_names(matrix, damage), *_duplicates(matrix, damage), *found]
@@ -414,9 +443,44 @@ def expand(matrix: Matrix, facts: Facts, *, file: str = "matrix.yaml", damage: D
             problems += cell
     if "base" not in damage.axes:  # The first base is the one that tags do not name.
         problems += _shared_tags(cells)
+    problems += _unsound_runners(matrix, facts)
+    whole = len(cells) == len(points) and not damage.hides("axes", "bases", "variants", "indexes", "exclude", "include")
+    latest = _latest(matrix, [cell for _, cell in cells]) if whole else None
+    if isinstance(latest, Problem):
+        problems.append(latest)
     if problems:
         raise _refusal(problems, file)
-    return tuple(cell for _, cell in cells)
+    about = matrix.publish
+    assert not isinstance(latest, Problem)
+    policy = Policy(tiers=tuple(sorted(about.tiers)), latest=latest, signed=about.signed, runners=about.runners)
+    return Family(cells=tuple(cell for _, cell in cells), policy=policy)
+
+
+def _latest(matrix: Matrix, cells: Sequence[Cell]) -> str | Problem | None:
+    """Return the id of the cell that is to be `latest`, or say that there is none of that name."""
+    name = matrix.publish.latest
+    if name is None:
+        return None
+    known = {known: cell.id for cell in cells for known in cell.tag_names}
+    if name in known:
+        return known[name]
+    return Problem(
+        what=f"no cell has the tag {name!r}{did_you_mean(name, known)}",
+        where="publish.latest",
+        why="`latest` is one cell of this matrix, by its tag or its id",
+        tries=("torchyard matrix lists them",),
+    )
+
+
+def _unsound_runners(matrix: Matrix, facts: Facts) -> Iterator[Problem]:
+    """Report runner classes with one name, and GPUs that nobody knows."""
+    names = [runner.name for runner in matrix.publish.runners]
+    for number, runner in enumerate(matrix.publish.runners):
+        where = f"publish.runners[{number}]"
+        if runner.name in names[:number]:
+            yield Problem(what=f"a second runner class named {runner.name!r}", where=f"{where}.name")
+        for problem in check_gpu(facts, runner.gpu):
+            yield replace(problem, where=f"{where}.gpu")
 
 
 def _shared_tags(cells: Iterable[tuple[str, Cell]]) -> Iterator[Problem]:
@@ -483,10 +547,10 @@ def _refusal(problems: Iterable[Problem], file: str) -> MatrixError:
     )
 
 
-def cells(text: str, facts: Facts, *, file: str = "matrix.yaml") -> tuple[Cell, ...]:
+def family(text: str, facts: Facts, *, file: str = "matrix.yaml") -> Family:
     """Read the file's text and expand it; raises MatrixError with every problem at once."""
     matrix, damage, problems = read(text)
-    found: tuple[Cell, ...] = ()
+    found: Family | None = None
     refusals = [_refusal(problems, file)] if problems else []
     if matrix is not None:
         try:
@@ -495,4 +559,10 @@ def cells(text: str, facts: Facts, *, file: str = "matrix.yaml") -> tuple[Cell, 
             refusals.append(error)
     if refusals:
         raise MatrixError(problems=tuple(problem for error in refusals for problem in error.problems))
+    assert found is not None, "what cannot be read is refused"
     return found
+
+
+def cells(text: str, facts: Facts, *, file: str = "matrix.yaml") -> tuple[Cell, ...]:
+    """Return the cells of the file's text; raises MatrixError with every problem at once."""
+    return family(text, facts, file=file).cells

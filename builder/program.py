@@ -15,15 +15,18 @@ from builder.errors import SourceError, ToolError
 _PATIENCE_S = 10
 
 
-def find(name: str, *, package: str, purpose: str) -> str:
-    """Return where the program `name` is; raises ToolError, saying which Debian package has it, if it is missing."""
+def find(name: str, *, package: str, purpose: str, tries: tuple[str, ...] = ()) -> str:
+    """Return where the program `name` is; raises ToolError, saying which Debian package has it, if it is missing.
+
+    `tries` is what else can be done then.
+    """
     # Debian leaves the sbin directories out of an ordinary user's PATH.
     path = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
     if path is None:
         raise ToolError(
             f"the program {name} is missing",
             why=f"torchyard needs it to {purpose}",
-            tries=(f"apt-get install {package}", "or use a base of kind `image` (any registry image, by digest)"),
+            tries=(f"apt-get install {package}", *tries),
         )
     return path
 

@@ -16,7 +16,7 @@ from builder.base import BaseLock
 from builder.errors import LockError, Problem, TorchyardError
 from builder.facts import Facts
 from builder.lock import Lock
-from builder.matrix import Cell
+from builder.matrix import Cell, Family, Policy
 from builder.reading import text_of
 from builder.render import Plan
 from builder.schema import BootstrapBase
@@ -49,9 +49,19 @@ class Project:
         return Facts.load()
 
     @cached_property
+    def family(self) -> Family:
+        """All that the matrix says; raises MatrixError with everything that is wrong with it."""
+        return matrices.family(text_of(self.matrix_path), self.facts, file=self.matrix_path.name)
+
+    @property
     def cells(self) -> tuple[Cell, ...]:
-        """All cells of the matrix; raises MatrixError with everything that is wrong with it."""
-        return matrices.cells(text_of(self.matrix_path), self.facts, file=self.matrix_path.name)
+        """All cells of the matrix."""
+        return self.family.cells
+
+    @property
+    def policy(self) -> Policy:
+        """How the images are published."""
+        return self.family.policy
 
     def select(self, patterns: Sequence[str]) -> tuple[Cell, ...]:
         """Return the cells that match a pattern, all if there is none."""

@@ -1,22 +1,25 @@
 """An image of the store → a repository: blobs, config, manifest by digest, read back, and only then its tags.
 
-Each step may be repeated, and asks the registry first what is done: a push that broke off goes on where it was. Tags
-that mean one image for ever come first, and are never overwritten; those that move come last.
+Each step may be repeated, and asks the registry first what is done: a push that broke off goes on where it was. What
+is said of the image is attached before any tag leads to it. Tags that mean one image for ever come first, and are never
+overwritten; those that move come last.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from builder import export, gate
-from builder.aliases import moving_tags
+from builder import aliases, attestation, export, gate, sbom
+from builder.attestation import Attestation
+from builder.cosign import Signer
 from builder.credentials import Configuration
 from builder.engines.oci import recipe
 from builder.errors import CellFailedError, HashMismatchError, MatrixError, Problem, SourceError
@@ -25,12 +28,17 @@ from builder.foreign import quoted
 from builder.gate import Verdict
 from builder.journal import Journal
 from builder.layout import Descriptor, Image
-from builder.matrix import Cell
+from builder.matrix import Family
+from builder.project import Project
+from builder.provenance import SOMEBODY
 from builder.reference import Reference
 from builder.registry import Registry
+from builder.render import Plan
 from builder.store import Store
 from builder.upload import Arrived, Target, Way, has_blob, push_blob, put_manifest, read_manifest, resolve
 
+MOST_OF_A_DAY = 100
+"""Images of one cell with the same day's packages; a registry is asked for each."""
 MOST_SOURCES = 2
 """Repositories that are asked for a blob before it is sent."""
 
@@ -56,6 +64,19 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is attached to an image."""
+
+    bill: bytes
+    """Its bill of materials, CycloneDX."""
+    check: Callable[[], None]
+    """Raises CellFailedError if the image holds something else than its bill says; it reads the layers."""
+    attestations: tuple[Attestation, ...]
+    signer: Signer | None
+    """Who signs them; None if nobody does."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pushed:
     """An image that is in a repository, or, of a dry run, would be."""
 
@@ -64,12 +85,15 @@ class Pushed:
     bytes_sent: int
     tags: Mapping[str, str | None]
     """What each tag meant before, None for a new one."""
+    attached: int = 0
+    """How many documents about it were attached; those that were there already do not count."""
 
     def as_json(self) -> dict[str, Any]:
         """Return it as it is shown to machines."""
         return {
             "blobs": {way.value: self.blobs.get(way, 0) for way in Way},
             "bytes_sent": self.bytes_sent,
+            "attached": self.attached,
             "tags": [{"name": name, "before": before} for name, before in self.tags.items()],
         }
 
@@ -78,22 +102,67 @@ class Pushed:
 # What, and where to
 
 
-def candidate(store: Store, cell: Cell, cells: Iterable[Cell], digest: str, *, unproven: bool) -> Candidate:
-    """Return what is to be pushed of a cell of `cells` whose image has `digest`.
+def candidate(
+    store: Store,
+    plan: Plan,
+    family: Family,
+    digest: str,
+    *,
+    now: Callable[[str], str | None],
+    unproven: bool,
+) -> Candidate:
+    """Return what is to be pushed of a cell of a family whose image has `digest`, and under which names.
 
-    Raises CellFailedError if it has no passing verdict, unless `unproven` things are pushed, too: then the image is
-    marked, which gives it another digest, and its tags say so, so that it can never be taken for a proven one.
+    `now` says what a tag means in the repository: the dated one is the first that is free, or the image's already.
+    Raises CellFailedError if the image lacks a passing verdict on a tier that the policy asks for, unless `unproven`
+    things are pushed, too: then the image is marked, which gives it another digest, and its tags say so, so that it can
+    never be taken for a proven one.
     """
+    cell, policy = plan.cell, family.policy
     image = export.stored_image(store, digest)
     try:
-        verdicts = gate.require(store, digest, name=cell.id)
+        verdicts = gate.require(store, digest, name=cell.id, tiers=policy.tiers_of(cell))
     except CellFailedError:
         if not unproven:
             raise
         names = tuple(f"{name}{gate.SUFFIX}" for name in cell.tag_names)
         return Candidate(image=gate.marked(store, image), tags=Tags(moving=names), verdicts=())
-    tags = Tags(fixed=cell.tag_names, moving=moving_tags(cell, cells))
-    return Candidate(image=image, tags=tags, verdicts=verdicts)
+    serials = itertools.islice(aliases.serials(aliases.dated_tag(cell, plan.epoch)), MOST_OF_A_DAY)
+    dated = next((name for name in serials if now(name) in (None, digest)), None)
+    if dated is None:
+        raise CellFailedError(
+            f"{cell.id}: more than {MOST_OF_A_DAY} images have this day's tags",
+            why="the same packages gave another image each time",
+            tries=("have tags that nobody needs deleted there", "torchyard lock --bases, for those of a later day"),
+        )
+    moving = (*cell.tag_names, *aliases.moving_tags(cell, family.cells, latest=policy.latest))
+    return Candidate(image=image, tags=Tags(fixed=(dated,), moving=moving), verdicts=verdicts)
+
+
+def evidence(
+    project: Project,
+    plan: Plan,
+    store: Store,
+    found: Candidate,
+    *,
+    signer: Signer | None,
+    vex: bytes | None = None,
+    builder: str = SOMEBODY,
+) -> Evidence | None:
+    """Return what is attached to a cell's image; None if it is unproven: of such an image nothing is said.
+
+    Raises CellFailedError if a container was seen to have other packages than the bill.
+    """
+    if not found.verdicts:
+        return None
+    bill = sbom.bill(plan, store, found.image)
+    for verdict in found.verdicts:
+        sbom.check_reported(bill, verdict.report.environment.packages, name=plan.cell.id)
+    about = attestation.attestations(
+        project, plan, found.image.manifest.digest, bill=bill, verdicts=found.verdicts, vex=vex, builder=builder
+    )
+    check = functools.partial(sbom.check, bill, plan, store, found.image)
+    return Evidence(bill=bill, check=check, attestations=about, signer=signer)
 
 
 @contextlib.contextmanager
@@ -128,24 +197,39 @@ def look(target: Target, image: Image, tags: Tags) -> Pushed:
     )
 
 
-def push(target: Target, store: Store, image: Image, tags: Tags, *, progress: Progress) -> Pushed:
-    """Bring an image into a repository, and then set its tags.
+def push(
+    target: Target, store: Store, image: Image, tags: Tags, *, evidence: Evidence | None = None, progress: Progress
+) -> Pushed:
+    """Bring an image into a repository, attach what is said of it, and then set its tags.
 
     Nothing is sent that the registry has or can mount. Raises CellFailedError if a fixed tag is another image's, before
     anything is sent, or if somebody else moves a tag meanwhile; SourceError if the registry fails or refuses,
-    HashMismatchError if it gives back something else, or bytes of the store were wrong. Then no tag is set that was not
-    set before the error.
+    HashMismatchError if it gives back something else, or bytes of the store were wrong; ToolError if it cannot be
+    signed. Then no tag is set that was not set before the error.
     """
     with Journal.opened(store, target.registry.host, target.repository) as journal:
         before = _before(target, image, tags)
         arrived = _bring(target, store, image, journal, progress)
         content = b"".join(recipe.pieces(store, image.manifest))
         _store_manifest(target, image.manifest, content, journal)
-        # Whatever speaks about the image by its digest belongs here: once a tag leads to it, it must be there.
+        attached = 0
+        if evidence is not None:
+            attached = attestation.attach(
+                target,
+                image.manifest,
+                evidence.attestations,
+                bill=evidence.bill,
+                check=evidence.check,
+                signer=evidence.signer,
+                journal=journal,
+            )
         for name in (*tags.fixed, *tags.moving):
             _set(target, name, image.manifest, content, before[name])
     return Pushed(
-        blobs=Counter(one.way for one in arrived), bytes_sent=sum(one.bytes_sent for one in arrived), tags=before
+        blobs=Counter(one.way for one in arrived),
+        bytes_sent=sum(one.bytes_sent for one in arrived),
+        tags=before,
+        attached=attached,
     )
 
 

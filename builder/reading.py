@@ -30,6 +30,8 @@ from builder.schema import (
     Include,
     Index,
     Matrix,
+    Publish,
+    Runner,
     Selector,
     Variant,
 )
@@ -179,6 +181,8 @@ _MODELS: Mapping[tuple[str | int, int], type[BaseModel]] = {
     ("include", 2): Include,
     ("indexes", 2): Index,
     ("indexes", 3): Selector,
+    ("publish", 1): Publish,
+    ("publish", 3): Runner,
     ("variants", 2): Variant,
 }
 """Models by the first step and the number of steps of a location."""

@@ -502,6 +502,11 @@ class Registry:
         """Fetch what the store lacks, several at a time; the first failure stops the others."""
         fetch_missing(files, store, lambda file, stop: self.fetch(repository, file, store, progress, stop))
 
+    def fetch_blob(self, repository: str, blob: Descriptor, store: Store, progress: Progress) -> None:
+        """Bring one blob into the store, as `fetch` does."""
+        wanted = _Wanted(kind="blobs", digest=blob.digest, size=blob.size, name=f"layer {blob.sha256[:12]}")
+        self.fetch(repository, wanted, store, progress)
+
     def document(self, repository: str, wanted: _Wanted, store: Store) -> dict[str, Any]:
         """Return a manifest or config, from the store if it is there; raises SourceError if it is no JSON object."""
         assert wanted.limit is not None

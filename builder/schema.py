@@ -203,6 +203,45 @@ Repository = Annotated[
         "team/torchyard",
     ),
 ]
+TagName = Annotated[
+    str,
+    _matching(
+        r"[a-z0-9]+(?:[._-][a-z0-9]+)*",
+        "it is the tag or the id of a cell, without repository: 2.8.0-cuda12.8-cudnn9-runtime",
+        max_length=128,
+    ),
+]
+RunnerName = Annotated[
+    str,
+    _matching(
+        r"[a-z0-9]+(?:-[a-z0-9]+)*",
+        "a runner class is named by small letters and digits with single hyphens: h100",
+        max_length=40,
+    ),
+]
+RunnerLabel = Annotated[
+    str,
+    _matching(
+        r"[A-Za-z0-9][A-Za-z0-9._-]*",
+        "a label of a runner is letters, digits, dots, underscores and hyphens: self-hosted",
+        max_length=100,
+    ),
+]
+GpuName = Annotated[
+    str,
+    _matching(
+        r"[A-Za-z0-9]+(?:[ ._-][A-Za-z0-9]+)*",
+        "a GPU is named by its product or its compute capability: H100, RTX 5090, 9.0",
+        max_length=60,
+    ),
+]
+DriverVersion = Annotated[
+    str,
+    _matching(
+        r"[0-9]{3,4}(?:\.[0-9]{1,4}){0,2}",
+        "a driver is a version as nvidia-smi shows it, or its branch: 580.65.06, 580",
+    ),
+]
 ImageReference = Annotated[
     str,
     _matching(
@@ -220,6 +259,17 @@ Moment = Annotated[
     ),
     AfterValidator(_moment),
 ]
+
+
+def _proven_first(tiers: tuple[int, ...]) -> tuple[int, ...]:
+    if 1 not in tiers:
+        raise ValueError("1 is always among them: what does not work without a GPU is never published")
+    if len(set(tiers)) != len(tiers):
+        raise ValueError("a tier stands here twice")
+    return tiers
+
+
+TierNumber = Annotated[Literal[1, 2, 3], BeforeValidator(_number)]
 
 ONE, SEVERAL = "<one>", "<several>"
 """Names of the branches of `Some`; nothing in the file can be called so."""
@@ -343,6 +393,31 @@ class Axes(_Model):
     platform: Axis[PlatformName] = ("linux/amd64",)
 
 
+class Runner(_Model):
+    """Machines of a CI that are alike: they have the same GPU and driver, and jobs find them by the same labels."""
+
+    name: RunnerName
+    labels: Axis[RunnerLabel] = Field(description="labels that a machine must have for a job to go there")
+    gpu: GpuName = Field(description="the GPU: H100, RTX 5090, sm_90 or 9.0")
+    driver: DriverVersion = Field(
+        description="the NVIDIA driver, or the branch that is kept up to date: 580.65.06, 580"
+    )
+    gpus: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="how many GPUs a machine has: 1 to 64")
+    platform: PlatformName = "linux/amd64"
+
+
+class Publish(_Model):
+    """Under which conditions images are published, and where they are proven; nothing of it is in an image."""
+
+    tiers: Annotated[Axis[TierNumber], AfterValidator(_proven_first)] = Field(
+        default=(1,),
+        description="tiers of validation that must be proven before a push; cells without CUDA need T1 only",
+    )
+    latest: TagName | None = Field(default=None, description="the cell that bears the tag `latest`, by its tag or id")
+    signed: bool = Field(default=False, description="whether nothing is pushed without a signature")
+    runners: tuple[Runner, ...] = Field(default=(), description="machines with GPUs that validate")
+
+
 class Matrix(_Model):
     """The image family."""
 
@@ -355,6 +430,7 @@ class Matrix(_Model):
     axes: Axes
     exclude: tuple[Exclude, ...] = ()
     include: tuple[Include, ...] = ()
+    publish: Publish = Publish()
 
 
 def json_schema() -> dict[str, Any]:

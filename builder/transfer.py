@@ -6,19 +6,22 @@ they need before that is in `fetching`.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import requests
 from requests import Response
 from requests.adapters import HTTPAdapter
-from urllib3 import BaseHTTPResponse
+from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPResponse, HTTPSConnectionPool
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError as Urllib3Error
 from urllib3.util.retry import Retry
+from urllib3.util.wait import wait_for_read
 
 from builder import __version__
 from builder.errors import HashMismatchError, SourceError
@@ -26,7 +29,7 @@ from builder.fetching import PARALLEL, Progress, check_stop, start_over
 from builder.foreign import reason
 from builder.store import BlobWriter
 
-__all__ = ["Client", "Patience", "Response", "Source"]
+__all__ = ["FAILURES", "Client", "Patience", "Response", "Source", "chunks", "stopped_by"]
 
 RETRYABLE = (408, 425, 429, 500, 502, 503, 504)
 ATTEMPTS = 6
@@ -38,8 +41,11 @@ CONNECT_TIMEOUT_S = 20.0
 STALL_S = 30.0
 """A transfer that brought less than STALL_BYTES in this time is broken off and resumed."""
 STALL_BYTES = 64 * 1024
+STOP_S = 0.2
+"""How soon a request ends that is not wanted any more."""
 _CHUNK = 1 << 20
-_FAILURES = (requests.RequestException, Urllib3Error)
+FAILURES = (requests.RequestException, Urllib3Error)
+"""How a body breaks off."""
 
 
 class Source(Protocol):
@@ -110,6 +116,66 @@ def _told_s(response: Response) -> float | None:
         return None
 
 
+_this_thread = threading.local()
+
+
+@contextlib.contextmanager
+def stopped_by(stop: threading.Event | None) -> Iterator[None]:
+    """Let requests of this thread wait for their answers only until `stop` is set; then they raise SourceError.
+
+    A registry may think about a large blob for minutes, and nobody who presses Ctrl-C should have to.
+    """
+    _this_thread.stop = stop
+    try:
+        yield
+    finally:
+        _this_thread.stop = None
+
+
+def _await_answer(connection: HTTPConnection) -> None:
+    stop: threading.Event | None = getattr(_this_thread, "stop", None)
+    if stop is None or not isinstance(connection.timeout, (int, float)):
+        return
+    end = time.monotonic() + connection.timeout
+    while not wait_for_read(connection.sock, STOP_S):
+        check_stop(stop)
+        if time.monotonic() > end:
+            raise TimeoutError
+
+
+class _Connection(HTTPConnection):
+    def getresponse(self) -> HTTPResponse:  # type: ignore[override] # as in the base class
+        _await_answer(self)
+        return super().getresponse()
+
+
+class _TLSConnection(HTTPSConnection):
+    def getresponse(self) -> HTTPResponse:  # type: ignore[override] # as in the base class
+        _await_answer(self)
+        return super().getresponse()
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TLSPool(HTTPSConnectionPool):
+    ConnectionCls = _TLSConnection
+
+
+class _Adapter(HTTPAdapter):
+    """Makes connections that can be stopped."""
+
+    def init_poolmanager(self, *args: Any, **more: Any) -> None:  # noqa: ANN401 (the base class')
+        super().init_poolmanager(*args, **more)
+        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+
+    def proxy_manager_for(self, proxy: str, **more: Any) -> Any:  # noqa: ANN401 (the base class')
+        manager = super().proxy_manager_for(proxy, **more)
+        manager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
+        return manager
+
+
 class _BareSession(requests.Session):
     """A session that follows no redirection and logs in nowhere by itself."""
 
@@ -151,7 +217,7 @@ class Client:
             raise_on_status=False,
         )
         for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=4 * PARALLEL))
+            self.session.mount(scheme, _Adapter(max_retries=retry, pool_maxsize=4 * PARALLEL))
         self.session.headers["User-Agent"] = f"torchyard/{__version__}"
 
     def close(self) -> None:
@@ -203,11 +269,11 @@ class Client:
         """Return an unread body that ought to be small; None if it is not, or does not come."""
         body = bytearray()
         try:
-            for chunk in _chunks(response):
+            for chunk in chunks(response):
                 body += chunk
                 if len(body) > limit:
                     return None
-        except _FAILURES:
+        except FAILURES:
             return None
         return bytes(body)
 
@@ -238,7 +304,7 @@ class _Download:
                 end = before + int(length) if length.isdecimal() else source.size
                 try:
                     self._receive(response)
-                except _FAILURES as error:
+                except FAILURES as error:
                     why = reason(error)
                 else:
                     if end is None or writer.offset >= end:
@@ -271,7 +337,7 @@ class _Download:
     def _receive(self, response: Response) -> None:
         source, writer = self.source, self.writer
         most = source.limit if source.size is None else source.size
-        for chunk in _chunks(response):
+        for chunk in chunks(response):
             check_stop(self.stop)
             if most is not None and writer.offset + len(chunk) > most:
                 start_over(source.name, writer, self.progress)
@@ -280,7 +346,7 @@ class _Download:
             self.progress.advance(source.name, len(chunk))
 
 
-def _chunks(response: Response) -> Iterator[bytes]:
+def chunks(response: Response) -> Iterator[bytes]:
     """Yield the body as it comes, not decoded; raises ReadTimeout if next to nothing comes."""
     window_start, window_bytes = time.monotonic(), 0
     # read1 returns what has arrived instead of waiting for a whole chunk, so a trickle is noticed.

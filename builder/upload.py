@@ -19,7 +19,7 @@ from builder.fetching import Progress, check_stop
 from builder.foreign import reason, without_credentials
 from builder.layout import Descriptor
 from builder.registry import MANIFEST_MAX, MANIFEST_TYPES, Registry
-from builder.transfer import ATTEMPTS, RETRYABLE, STALL_S, Patience, Response
+from builder.transfer import ATTEMPTS, RETRYABLE, STALL_S, Patience, Response, stopped_by
 
 SMALL = 1 << 20
 """What is left of a blob, in bytes, that goes with the request that ends its upload, and needs none before it."""
@@ -46,6 +46,8 @@ class Target:
 
     registry: Registry
     repository: str
+    actions: str = "pull,push"
+    """What log-ins are asked for: "pull" of whoever only reads, because some registries refuse strangers more."""
 
     def __str__(self) -> str:
         return f"{self.registry.host}/{self.repository}"
@@ -114,7 +116,7 @@ def resolve(target: Target, name: str) -> str | None:
 def read_manifest(target: Target, name: str) -> bytes | None:
     """Return the manifest that a tag or digest names there, byte for byte; None if there is none."""
     response = target.registry.request(
-        "GET", f"manifests/{name}", repository=target.repository, actions="pull,push", headers=_ACCEPT
+        "GET", f"manifests/{name}", repository=target.repository, actions=target.actions, headers=_ACCEPT
     )
     if not _is_there(target, response, "manifest"):
         return None
@@ -130,7 +132,9 @@ def read_manifest(target: Target, name: str) -> bytes | None:
 
 
 def _head(target: Target, path: str) -> Response:
-    response = target.registry.request("HEAD", path, repository=target.repository, actions="pull,push", headers=_ACCEPT)
+    response = target.registry.request(
+        "HEAD", path, repository=target.repository, actions=target.actions, headers=_ACCEPT
+    )
     target.registry.small_body(response, _SHORT_ANSWER)  # so that the connection is used again
     return response
 
@@ -273,11 +277,12 @@ def push_blob(
     `name` is what people call it; `sources` are repositories of the same registry that may have it. `progress` hears of
     what is sent. Raises SourceError if it cannot be brought there, and as `pieces` does.
     """
-    if has_blob(target, blob):
-        return Arrived(way=Way.THERE)
-    reader = _Reader(pieces, blob.size)
-    upload = _Upload(target=target, blob=blob, reader=reader, name=name, progress=progress, stop=stop)
-    return upload.run(sources)
+    with stopped_by(stop):
+        if has_blob(target, blob):
+            return Arrived(way=Way.THERE)
+        reader = _Reader(pieces, blob.size)
+        upload = _Upload(target=target, blob=blob, reader=reader, name=name, progress=progress, stop=stop)
+        return upload.run(sources)
 
 
 @dataclass(kw_only=True)

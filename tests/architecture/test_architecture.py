@@ -21,27 +21,29 @@ ROOT = Path(__file__).parents[2]
 ORDER = (
     "errors",
     # What people decide.
-    "facts", "compat", "schema", "toolkit", "reading", "matrix", "aliases",
+    "facts", "compat", "schema", "toolkit", "reading", "matrix", "aliases", "runners",
     # The store, and what fills it.
     "store", "foreign", "fetching", "transfer", "index", "lock",
     # The base: a file system of Debian packages.
     "program", "tar", "compress", "layout", "reference", "credentials", "registry", "upload", "journal", "rootfs",
     "difference", "debian", "baselock", "bootstrap", "base",
     # From a plan to a proven image.
-    "render", "engines",
+    "render", "project", "engines",
     # The engine that makes layers of wheels.
     "engines.oci.wheel", "engines.oci.install", "engines.oci.evidence", "engines.oci.recipe", "engines.oci.splice",
     "engines.oci.bytecode", "engines.oci.contents", "engines.oci.foundation", "engines.oci.stack", "engines.oci.layers",
-    "engines.oci.inventory", "engines.oci",
+    "engines.oci.inventory", "engines.oci.entries", "engines.oci.installed", "engines.oci",
     # Its neighbours, and what uses them.
-    "engines.*", "export", "proof", "build", "size", "licences", "validate",
+    "engines.*", "export", "proof", "build", "size", "licences", "sbom", "validate",
     # What a validation found, and the forms it is read in.
     "report", "reports.plots", "reports.figures", "reports.junit_xml", "reports.summary", "reports.textfile",
     "reports.page", "reports",
     # Publishing.
-    "gate", "push",
-    # A project on disk, and the command line.
-    "project", "update", "console", "cli", "__main__",
+    "gate", "verdicts", "statement", "cosign", "referrers", "provenance", "attestation", "push", "verify",
+    # The same again.
+    "listing", "compare", "reproduce",
+    # The command line.
+    "update", "console", "cli", "__main__",
 )  # fmt: skip
 """A module may import only those to its left; engines are neighbours that do not know each other."""
 
@@ -55,12 +57,13 @@ ONLY_IN: Mapping[str, frozenset[str]] = {
     "socket": frozenset({"builder.index"}),
     "yaml": frozenset({"builder.reading"}),
     "click": frozenset({"builder.cli"}),
+    "cyclonedx": frozenset({"builder.sbom"}),
     "rich": frozenset({"builder.console"}),
     # Dockerfiles are printed as they are, pages with everything escaped.
     "jinja2": frozenset({"builder.render", "builder.reports.page"}),
 }
-SHARED = frozenset({"validate.bundle", "validate.explain"})
-"""What of the suite the builder uses on this side: the suite as a file, and the catalogue of failures."""
+SHARED = frozenset({"validate.bundle", "validate.explain", "validate.profile"})
+"""What of the suite the builder uses on this side: the suite as a file, the catalogue of failures, the profiles."""
 LOOKED_FOR = frozenset(
     {
         ("validate.check", "?"),

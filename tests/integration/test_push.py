@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -104,21 +105,30 @@ def test_an_image_and_what_other_programs_say_of_it(start: Start, store: Store, 
     assert done.bytes_sent == sum(blob.size for blob in image.blobs[1:])
     assert_whole(host, store, image, tmp_path)
     assert tag_of(host, "1.0-a") == tag_of(host, "1-a") == image.manifest.digest
-    reference = f"{host}/{REPOSITORY}:1-a"
-    for command in (
-        ["skopeo", "inspect", "--tls-verify=false", "--format", "{{.Digest}}", f"docker://{reference}"],
-        ["crane", "digest", "--insecure", reference],
-    ):
-        if shutil.which(command[0]):
-            said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-            assert said.stdout.strip() == image.manifest.digest
-    if shutil.which("crane"):
-        subprocess.run(["crane", "validate", "--insecure", "--remote", reference], check=True, timeout=60)
-    if shutil.which("skopeo"):  # it reads every layer, and compares digests and diff ids
-        copy = ["skopeo", "copy", "--src-tls-verify=false", f"docker://{reference}", f"oci:{tmp_path / 'copy'}:1"]
-        subprocess.run([*copy, "--insecure-policy"], check=True, capture_output=True, timeout=60)
-        (entry,) = json.loads((tmp_path / "copy" / "index.json").read_bytes())["manifests"]
-        assert entry["digest"] == image.manifest.digest
+    reference, digest = f"{host}/{REPOSITORY}:1-a", image.manifest.digest
+    assert ran("skopeo", "inspect", "--tls-verify=false", "--format", "{{.Digest}}", f"docker://{reference}") == digest
+    assert ran("crane", "digest", "--insecure", reference) == digest
+    ran("crane", "validate", "--insecure", "--remote", reference)
+    # It reads every layer, and compares digests and diff ids.
+    copy = f"oci:{tmp_path / 'copy'}:1"
+    ran("skopeo", "copy", "--insecure-policy", "--src-tls-verify=false", f"docker://{reference}", copy)
+    (entry,) = json.loads((tmp_path / "copy" / "index.json").read_bytes())["manifests"]
+    assert entry["digest"] == digest
+    with tempfile.TemporaryDirectory() as place:  # Podman takes no long paths
+        podman = ["podman", "--root", f"{place}/root", "--runroot", f"{place}/run", "--storage-driver", "vfs"]
+        ran(*podman, "pull", "--quiet", "--tls-verify=false", reference)
+        assert ran(*podman, "image", "inspect", "--format", "{{.Digest}}", reference) == digest
+
+
+def ran(*command: str) -> str:
+    """Run another program and return what it says; where it is missing the test is skipped, but for CI."""
+    if shutil.which(command[0]) is None:
+        if os.environ.get("CI"):
+            pytest.fail(f"needed in CI: {command[0]} is not installed", pytrace=False)
+        pytest.skip(f"{command[0]} is not installed")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def test_what_is_there_or_can_be_mounted_is_not_sent(start: Start, store: Store, image: Image) -> None:

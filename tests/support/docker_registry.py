@@ -40,7 +40,7 @@ class DockerRegistry:
 
     def start(self) -> str:
         """Start it on a free port, or where it was before; returns its host and port."""
-        self.port = self.port or _free_port()
+        self.port = self.port or free_port()
         http: dict[str, Any] = {"addr": self.host}
         configuration: dict[str, Any] = {
             "version": 0.1,
@@ -78,7 +78,7 @@ class DockerRegistry:
             self._process = None
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -22,7 +22,7 @@ from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 from builder.errors import TorchyardError
-from builder.layout import MEDIA_MANIFEST, Descriptor, Image
+from builder.layout import MEDIA_INDEX, MEDIA_MANIFEST, Descriptor, Image
 from builder.store import Store
 from tests.support.index_server import Answer
 
@@ -370,13 +370,17 @@ class PushServer(RegistryServer):
         """How long a request may be."""
         self.begin_headers: dict[str, str] = {}
         """Of the answer that begins an upload."""
+        self.lists_referrers = False
+        """Whether there is the referrers API of OCI 1.1."""
+        self.page: int | None = None
+        """How many referrers an answer lists."""
         self._faults: dict[str, deque[Fault]] = {}
 
     def fault(self, kind: str, *faults: Fault | int) -> None:
         """Let the next requests of a kind go wrong; a bare number is a status.
 
         Kinds: `blob` asks for a blob, `mount`, `begin`, `patch`, `state` and `commit` are of uploads; `look`, `read`,
-        `manifest` (by digest) and `tag` of manifests.
+        `manifest` (by digest) and `tag` of manifests, `list` of what refers to one.
         """
         found = [one if isinstance(one, Fault) else Fault(status=one) for one in faults]
         self._faults.setdefault(kind, deque()).extend(found)
@@ -433,7 +437,7 @@ class _Exchange:
     def __init__(self, server: PushServer, handler: _Handler, path: str, query: Mapping[str, list[str]]) -> None:
         self.server, self.handler, self.path, self.query = server, handler, path, query
         self.method = handler.command
-        found = re.fullmatch(r"/v2/(.+)/(blobs/uploads|blobs|manifests)/([^/]*)", path)
+        found = re.fullmatch(r"/v2/(.+)/(blobs/uploads|blobs|manifests|referrers)/([^/]*)", path)
         assert found, path
         self.repository, self.part, self.name = found.groups()
         self.kind = self._kind()
@@ -450,6 +454,8 @@ class _Exchange:
             kinds = {"POST": begins, "PATCH": "patch", "PUT": "commit", "GET": "state"}
         elif self.part == "blobs":
             kinds = {"HEAD": "blob", "GET": "fetch"}
+        elif self.part == "referrers":
+            kinds = {"GET": "list"}
         else:
             kinds = {"HEAD": "look", "GET": "read", "PUT": "manifest" if self.name.startswith("sha256:") else "tag"}
         return kinds[self.method]
@@ -610,7 +616,7 @@ class _Exchange:
         if self.server.conditional and not self._condition(tags.get(self.name)):
             return 412, {}, b""
         document = json.loads(content)
-        blobs = [document["config"], *document["layers"]]
+        blobs = [document["config"], *document["layers"]] if "config" in document else []
         if not all(blob["digest"] in self.server.blobs.get(self.repository, {}) for blob in blobs):
             return 400, {}, _error("MANIFEST_BLOB_UNKNOWN")
         kind = self.handler.headers["Content-Type"]
@@ -622,6 +628,21 @@ class _Exchange:
         return 201, {"Docker-Content-Digest": digest}
 
     _tag = _manifest
+
+    def _list(self) -> tuple[int, Mapping[str, str], bytes]:
+        if not self.server.lists_referrers:
+            return 404, {}, b"404 page not found"
+        found = []
+        for digest, (kind, content) in self.server.manifests.get(self.repository, {}).items():
+            document = json.loads(content)
+            if (document.get("subject") or {}).get("digest") == self.name:
+                found.append({"mediaType": kind, "digest": digest, "size": len(content)})
+        first, most = int(self.query.get("from", ["0"])[0]), self.server.page or len(found)
+        headers = {"Content-Type": MEDIA_INDEX}
+        if first + most < len(found):
+            headers["Link"] = f'<{self.path}?from={first + most}>; rel="next"'
+        index = {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": found[first : first + most]}
+        return 200, headers, json.dumps(index).encode()
 
     def _condition(self, now: str | None) -> bool:
         if self.handler.headers.get("If-None-Match") == "*" and now is not None:

@@ -70,10 +70,14 @@ def wheel(
     tag: str = "py3-none-any",
     files: Mapping[str, bytes] | None = None,
     requires_python: str = ">=3.9",
+    headers: Sequence[str] = (),
     upload_time: datetime | None = UPLOADED,
     compression: int = zipfile.ZIP_DEFLATED,
 ) -> FakeWheel:
-    """Make a wheel that pip and uv accept; without `files` it holds one module that says its version."""
+    """Make a wheel that pip and uv accept; without `files` it holds one module that says its version.
+
+    `headers` are further lines of its metadata.
+    """
     stem = f"{canonicalize_name(project).replace('-', '_')}-{Version(version)}"
     information = f"{stem}.dist-info"
     module = canonicalize_name(project).replace("-", "_")
@@ -84,6 +88,7 @@ def wheel(
             f"Version: {version}",
             f"Requires-Python: {requires_python}",
             *(f"Requires-Dist: {requirement}" for requirement in requires),
+            *headers,
             "",
         ]
     ).encode()

@@ -5,7 +5,8 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 import requests
 from click.testing import CliRunner, Result
 
+from builder.baselock import BaseLock
 from builder.cli import cli
-from builder.errors import TorchyardError
+from builder.errors import LockError, TorchyardError
 from builder.project import Project
 
 ROOT = Path(__file__).parents[2]
@@ -71,8 +73,8 @@ def test_help_lists_every_verb_and_exit_code() -> None:
     verbs = re.search(r"Commands:\n(.*)", text, re.DOTALL)
     assert verbs
     found = [line.split()[0] for line in verbs[1].splitlines() if re.match(r"  [a-z]", line)]
-    line = "matrix resolve lock render fetch build load export licences validate explain report push verify reproduce"
-    order = [*line.split(), "size", "gc", "update", "doctor"]
+    line = "matrix resolve lock render fetch build load export licences sbom validate explain report push verify"
+    order = [*line.split(), "reproduce", "size", "gc", "update", "doctor"]
     assert found == [verb for verb in order if verb in found], "in the order of the line"
     assert set(found) <= set(order)
     codes = dict(re.findall(r"(?m)^ +([0-9]+)  ([A-Z a-z].*)$", text))
@@ -93,6 +95,7 @@ def test_every_verb_explains_itself(verb: list[str]) -> None:
     text = run(*verb, "--help").stdout
     assert "--json" in text
     assert "--matrix" in text
+    assert "\\b" not in text, "meant for click, not for people"
     assert len(text.splitlines()[2].strip()) > 20
 
 
@@ -113,7 +116,8 @@ def test_matrix_for_machines() -> None:
     assert result.exit_code == 0
     cells = json.loads(result.stdout)
     fields = ["id", "torch", "cuda", "cudnn", "nccl", "python", "base", "variant", "companions"]
-    assert all(list(cell) == [*fields, "platform", "tags"] for cell in cells)
+    fields += ["platform", "tags", "base_kind", "tiers", "runners"]
+    assert all(list(cell) == fields for cell in cells)
     by_id = {cell["id"]: cell for cell in cells}
     cuda, cpu = by_id[CUDA], by_id[CPU]
     assert (cuda["torch"], cuda["cuda"], cuda["cudnn"], cuda["nccl"]) == ("2.8.0", "12.8", "9.16.0.29", "2.27.3")
@@ -121,6 +125,7 @@ def test_matrix_for_machines() -> None:
     assert (cuda["python"], cuda["base"], cuda["variant"]) == ("3.11", "bookworm", "runtime")
     assert cuda["platform"] == "linux/amd64"
     assert cuda["tags"] == ["torchyard:2.8.0-cuda12.8-cudnn9.16.0.29-runtime", f"torchyard:{CUDA}"]
+    assert (cuda["base_kind"], cuda["tiers"], cuda["runners"]) == ("bootstrap", [1], [])
 
 
 def test_matrix_for_people_is_a_line_a_cell() -> None:
@@ -312,6 +317,25 @@ def test_a_bad_lock_is_4_and_nothing_is_written(damage: str, verb: list[str], pr
     assert said in result.stderr
     assert re.search(r"(?m)^  (try|where) ", result.stderr)
     assert tree(tmp_path) == before
+
+
+def test_debian_s_updates_come_without_other_wheels(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def later(*, previous: Sequence[BaseLock], keep: BaseLock | None, **_: Any) -> tuple[BaseLock, ...]:
+        assert keep is None
+        return tuple(replace(one, epoch=one.epoch + 86400) for one in previous)
+
+    monkeypatch.setattr("builder.base.lock", later)
+    monkeypatch.setattr("builder.lock.lock_cell", lambda *_: pytest.fail("a wheel was asked for"))
+    before = tree(project)
+    result = run("lock", "--bases", "--keep-wheels", "-m", project / "matrix.yaml")
+    assert result.exit_code == 0, result.stderr
+    changed = {name for name, content in tree(project).items() if before[name] != content}
+    assert changed
+    assert all(name.startswith("images/bases/") for name in changed)
+    edit(project / "matrix.yaml", "[numpy, setuptools]", "[numpy<2, setuptools]")
+    stale = run("lock", "--keep-wheels", "-m", project / "matrix.yaml")
+    assert stale.exit_code == LockError.exit_code
+    assert "is stale" in stale.stderr
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "image.json", "requirements.txt"])

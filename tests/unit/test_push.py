@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from builder import aliases, gate, layout, matrix, push, tar, transfer
+from builder import aliases, gate, layout, matrix, push, sbom, tar, transfer
 from builder import build as builds
 from builder import project as projects
 from builder.cli import cli
@@ -29,12 +30,14 @@ from builder.errors import CellFailedError, HashMismatchError, MatrixError, Sour
 from builder.fetching import Silent
 from builder.layout import Image
 from builder.matrix import Cell
+from builder.project import Project as RealProject
 from builder.push import Pushed, Tags
 from builder.registry import pull
 from builder.reports import loads
 from builder.store import Store
 from builder.upload import Way
 from tests.support import cells
+from tests.support.cosign import Cosign
 from tests.support.registry_server import Fault, PushServer, TokenService, text_of
 from tests.support.reports import document, result
 
@@ -538,21 +541,58 @@ def passing(store: Store, digest: str) -> None:
     gate.keep(store, digest, loads(json.dumps(about).encode(), where="test"))
 
 
+PROJECT = RealProject(Path(__file__).parents[2] / "matrix.yaml")
+(CELL,) = PROJECT.select(["torch2.8.0-cu128-cudnn9.10.2.21-py3.11-bookworm-runtime"])
+DATED = aliases.dated_tag(CELL, PROJECT.plan(CELL).epoch)
+
+
 def test_only_a_proven_image_gets_the_names_of_its_cell(store: Store) -> None:
-    (cell, _) = every = cell_matrix({"torch": "2.7.1", "cuda": "12.8"})
     image = made(store, "a")
+    digest = image.manifest.digest
+    taken: dict[str, str] = {}
+    found = functools.partial(push.candidate, store, PROJECT.plan(CELL), PROJECT.family, digest, now=taken.get)
     with pytest.raises(CellFailedError, match="no passing verdict"):
-        push.candidate(store, cell, every, image.manifest.digest, unproven=False)
-    found = push.candidate(store, cell, every, image.manifest.digest, unproven=True)
-    assert found.verdicts == ()
-    assert found.image == gate.marked(store, image)
-    assert found.tags == Tags(moving=tuple(f"{name}-unproven" for name in cell.tag_names))
-    passing(store, image.manifest.digest)
-    for unproven in (False, True):
-        found = push.candidate(store, cell, every, image.manifest.digest, unproven=unproven)
-        assert [verdict.tier for verdict in found.verdicts] == [1]
-        assert found.image == image
-        assert found.tags == Tags(fixed=cell.tag_names, moving=("2.8-cuda12.8-runtime",))
+        found(unproven=False)
+    unproven = found(unproven=True)
+    assert unproven.verdicts == ()
+    assert unproven.image == gate.marked(store, image)
+    assert unproven.tags == Tags(moving=tuple(f"{name}-unproven" for name in CELL.tag_names))
+    passing(store, digest)
+    for flag in (False, True):
+        proven = found(unproven=flag)
+        assert [verdict.tier for verdict in proven.verdicts] == [1]
+        assert proven.image == image
+        assert proven.tags == Tags(fixed=(DATED,), moving=(*CELL.tag_names, "2.8-cuda12.8-runtime"))
+
+
+def test_the_days_next_tag_is_taken_where_one_is_another_images(store: Store) -> None:
+    image = made(store, "a")
+    digest, other = image.manifest.digest, "sha256:" + "0" * 64
+    passing(store, digest)
+
+    def dated(taken: Mapping[str, str]) -> str:
+        found = push.candidate(store, PROJECT.plan(CELL), PROJECT.family, digest, now=taken.get, unproven=False)
+        return found.tags.fixed[0]
+
+    assert dated({}) == dated({DATED: digest}) == DATED
+    assert dated({DATED: other}) == dated({DATED: other, f"{DATED}.1": digest}) == f"{DATED}.1"
+    assert dated({DATED: other, f"{DATED}.1": other, f"{DATED}.2": digest}) == f"{DATED}.2"
+    with pytest.raises(CellFailedError, match="more than 100 images have this day's tags"):
+        dated(dict.fromkeys((DATED, *(f"{DATED}.{number}" for number in range(1, 100))), other))
+
+
+def test_the_policy_says_which_tiers_and_who_is_latest(store: Store) -> None:
+    image = made(store, "a")
+    digest = image.manifest.digest
+    passing(store, digest)
+    policy = replace(PROJECT.policy, tiers=(1, 2), latest=CELL.id)
+    strict = replace(PROJECT.family, policy=policy)
+    with pytest.raises(CellFailedError) as caught:
+        push.candidate(store, PROJECT.plan(CELL), strict, digest, now=lambda _: None, unproven=False)
+    assert "never validated at T2" in text_of(caught.value)
+    lax = replace(PROJECT.family, policy=replace(policy, tiers=(1,)))
+    found = push.candidate(store, PROJECT.plan(CELL), lax, digest, now=lambda _: None, unproven=False)
+    assert found.tags.moving[-1] == "latest"
 
 
 # --------------------------------------------------------------------------- the verb
@@ -592,6 +632,10 @@ def project(server: PushServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(builds.StoreSession, "build", build)
     # Whether images/ is fresh is for other tests to say.
     monkeypatch.setattr(projects.Project, "fresh_plans", projects.Project.plans)
+    # These images hold nothing of what a bill would list.
+    monkeypatch.setattr(sbom, "bill", lambda *_: b'{"bomFormat": "CycloneDX"}')
+    for check in ("check", "check_reported"):
+        monkeypatch.setattr(sbom, check, lambda *_, **__: None)
     return Project(root=root, server=server, store=store, digests=digests)
 
 
@@ -624,8 +668,8 @@ def test_the_verb_publishes_what_is(project: Project) -> None:
     assert [one["tier"] for one in first["verdicts"]] == [1]
     assert first["blobs"] == {"there": 0, "mounted": 0, "sent": 3}
     assert first["bytes_sent"] > 800_000
-    assert [one["name"] for one in first["tags"]] == [CUDA, first["id"], "2.8-cuda12.8-runtime"]
-    assert [one["name"] for one in second["tags"]] == [OTHER, second["id"], "2.9-cuda12.8-runtime"]
+    assert [one["name"] for one in first["tags"]] == [DATED, CUDA, first["id"], "2.8-cuda12.8-runtime"]
+    assert [one["name"] for one in second["tags"]][1:] == [OTHER, second["id"], "2.9-cuda12.8-runtime"]
     assert project.server.tags[REPOSITORY]["2.8-cuda12.8-runtime"] == first["digest"]
 
 
@@ -660,6 +704,43 @@ def test_the_verb_asks_and_sends_nothing(project: Project) -> None:
     assert (one["dry_run"], one["blobs"]["sent"]) == (True, 3)
     assert {request.method for request in project.server.requests} == {"HEAD"}
     assert "nothing was sent" in project.run(CUDA, "--unproven", "--dry-run").stdout
+
+
+def test_a_matrix_that_wants_signatures_gets_them(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = replace(PROJECT.policy, signed=True)
+    monkeypatch.setattr(projects.Project, "policy", property(lambda _: policy))
+    found = project.run(CUDA)
+    assert found.exit_code == 2
+    assert "nothing is pushed without a signature" in found.stderr
+    assert project.run(CUDA, "--unproven").exit_code == 0
+
+
+def test_one_who_signs_has_one_key(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, public = Cosign(tmp_path / "cosign", monkeypatch).pair()
+    assert project.run(CUDA, "--key", str(key), "--keyless").exit_code == 2
+    lost = project.run(CUDA, "--key", "/nonexistent/key")
+    assert (lost.exit_code, "there is no such key" in lost.stderr) == (2, True)
+    project.run(CUDA)
+    passing(project.store, next(iter(project.digests.values())))
+    found = project.run(CUDA, "--key", str(key), "--json")
+    assert found.exit_code == 0, found.stderr
+    (one,) = json.loads(found.stdout)
+    assert (one["signed"], one["attached"]) == (True, 5)
+    reference = f"{project.server.host}/{REPOSITORY}:{CUDA}"
+    # Its layers are not those of the cell.
+    verified = CliRunner().invoke(cli, ["verify", reference, "--key", str(public)])
+    assert verified.exit_code == 1
+    assert "torchyard.cell is not what its inputs declare" in verified.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--key", "k", "--unsigned"], ["--identity", "me"], ["--key", "k", "--identity", "a", "--issuer", "b"]],
+)
+def test_who_verifies_says_whom_he_trusts(arguments: list[str]) -> None:
+    found = CliRunner().invoke(cli, ["verify", "registry.example/app:1", *arguments])
+    assert found.exit_code == 2
+    assert "whose signature counts is not said" in found.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["--all", CUDA]])

@@ -401,6 +401,25 @@ def test_another_failure_stops_it(server: PushServer, target: Target) -> None:
     assert len(server.of_kind("patch")) == 1
 
 
+@pytest.mark.parametrize("kind", ["blob", "begin", "patch", "commit"])
+def test_nobody_waits_for_an_answer_after_the_stop(server: PushServer, target: Target, kind: str) -> None:
+    """A registry may take minutes over a large blob; whoever presses Ctrl-C does not have to."""
+    stop, over = threading.Event(), threading.Event()
+
+    def think() -> None:
+        stop.set()
+        over.wait(20)
+
+    server.fault(kind, Fault(before=think))
+    started = time.monotonic()
+    try:
+        with pytest.raises(SourceError, match="another transfer failed"):
+            pushed(target, Blob(CONTENT), stop=stop)
+        assert time.monotonic() - started < 5
+    finally:
+        over.set()
+
+
 # --------------------------------------------------------------------------- chunks
 
 

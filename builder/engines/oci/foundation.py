@@ -37,10 +37,11 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 SCHEMA = 2
-_UNREADABLE: tuple[type[Exception], ...] = (  # type: ignore[assignment] # isal's stub says otherwise
+UNREADABLE: tuple[type[Exception], ...] = (  # type: ignore[assignment] # isal's stub says otherwise
     tarfile.TarError, EOFError, ValueError, OverflowError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError,
     inflater.error,
 )  # fmt: skip
+"""What reading the tar inside a layer may raise if it is none."""
 _LATEST = 8**11 - 1
 """The last second that a plain tar header can say."""
 _ROOT = PREFIX.lstrip("/")
@@ -243,19 +244,30 @@ def open_tar(store: Store, layer: Layer) -> Iterator[BinaryIO]:
     Raises HashMismatchError if the layer was damaged in the store, whatever its reader made of that, CellFailedError if
     it is whole and cannot be read all the same.
     """
-    raw = cast("BinaryIO", io.BufferedReader(_Pieces(pieces(store, layer.blob)), buffer_size=1 << 18))
     try:
-        with _inflated(raw, layer) as file:
+        with open_pieces(pieces(store, layer.blob), layer.blob.media_type) as file:
             yield file
-    except Exception as error:
+    except UNREADABLE as error:
+        raise CellFailedError(
+            "a layer of the base cannot be read",
+            where=layer.blob.digest,
+            why=f"{type(error).__name__}: {error}",
+            tries=("use another base: the digest of this one names these very bytes",),
+        ) from error
+
+
+@contextlib.contextmanager
+def open_pieces(layer: Iterator[bytes], media_type: str) -> Iterator[BinaryIO]:
+    """Open the tar inside a layer that comes in pieces for reading from its beginning; it may raise what is UNREADABLE.
+
+    The pieces are read to their last, whatever the reader made of them, and what they raise is raised instead.
+    """
+    raw = cast("BinaryIO", io.BufferedReader(_Pieces(layer), buffer_size=1 << 18))
+    try:
+        with _inflated(raw, media_type) as file:
+            yield file
+    except Exception:
         _read_to_end(raw)
-        if isinstance(error, _UNREADABLE):
-            raise CellFailedError(
-                "a layer of the base cannot be read",
-                where=layer.blob.digest,
-                why=f"{type(error).__name__}: {error}",
-                tries=("use another base: the digest of this one names these very bytes",),
-            ) from error
         raise
     _read_to_end(raw)
 
@@ -267,10 +279,10 @@ def _read_to_end(raw: BinaryIO) -> None:
 
 
 @contextlib.contextmanager
-def _inflated(raw: BinaryIO, layer: Layer) -> Iterator[BinaryIO]:
-    if layer.blob.media_type == MEDIA_LAYER_TAR:
+def _inflated(raw: BinaryIO, media_type: str) -> Iterator[BinaryIO]:
+    if media_type == MEDIA_LAYER_TAR:
         yield raw
-    elif layer.blob.media_type == MEDIA_LAYER_ZSTD:
+    elif media_type == MEDIA_LAYER_ZSTD:
         with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False) as file:
             yield cast("BinaryIO", file)
     else:

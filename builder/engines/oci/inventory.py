@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from builder.engines.oci import contents, recipe
@@ -39,17 +39,23 @@ def inventory(store: Store, image: Image, wheels: Iterable[Wheel]) -> tuple[Stor
     Raises HashMismatchError if something was damaged in the store, CellFailedError if a layer cannot be read.
     """
     source = _Wheels(store, wheels)
-    history = json.loads(store.path(image.config.sha256).read_bytes()).get("history") or ()
-    lines = [str(line.get("created_by", "")) for line in history if not line.get("empty_layer")]
     return tuple(
         Stored(
             layer=layer,
-            title=line.removeprefix(_OURS),
-            of_base=not line.startswith(_OURS),
+            title=title,
+            of_base=of_base,
             contents=contents.recall(store, layer) or _counted(store, layer, source),
         )
-        for layer, line in zip(image.layers, lines, strict=True)
+        for layer, title, of_base in titled(store, image)
     )
+
+
+def titled(store: Store, image: Image) -> Iterator[tuple[Layer, str, bool]]:
+    """Yield the layers of an image from the bottom up, each with its title and whether it is the base's."""
+    history = json.loads(store.path(image.config.sha256).read_bytes()).get("history") or ()
+    lines = [str(line.get("created_by", "")) for line in history if not line.get("empty_layer")]
+    for layer, line in zip(image.layers, lines, strict=True):
+        yield layer, line.removeprefix(_OURS), not line.startswith(_OURS)
 
 
 class _Wheels:

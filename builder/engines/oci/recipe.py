@@ -171,7 +171,8 @@ def _regenerated(store: Store, recipe: Recipe) -> Iterator[bytes]:
                     tries=("torchyard fetch brings locked wheels back", "build the cell again: torchyard build CELL"),
                 ) from None
             files.append(file.fileno())
-        buffer = bytearray()
+        held: list[bytes] = []
+        size = 0
         for index, offset, length in recipe.segments:
             at, end = offset, offset + length
             while at < end:
@@ -179,12 +180,15 @@ def _regenerated(store: Store, recipe: Recipe) -> Iterator[bytes]:
                 if not piece:
                     return  # cut short: the digest will tell
                 at += len(piece)
-                buffer += piece
-                if len(buffer) >= PIECE:
-                    yield bytes(buffer)
-                    buffer.clear()
-        if buffer:
-            yield bytes(buffer)
+                held.append(piece)
+                size += len(piece)
+                if size >= PIECE:
+                    # One alone, which most are, is not copied: that took half of the time.
+                    yield b"".join(held)
+                    held.clear()
+                    size = 0
+        if held:
+            yield b"".join(held)
 
 
 def _damaged(store: Store, blob: Descriptor, recipe: Recipe | None) -> HashMismatchError:
