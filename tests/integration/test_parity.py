@@ -168,7 +168,7 @@ def _rows(record: bytes) -> list[tuple[str, ...]]:
     return sorted(rows)
 
 
-@pytest.fixture(scope="module", params=["cpu", "notebook"])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("notebook", marks=pytest.mark.release)])
 def both(request: pytest.FixtureRequest) -> tuple[Built, Built]:
     """One cell from either engine: the plain one, and a variant with a program and packages of its own."""
     its, ours = (request.getfixturevalue(f"{request.param}_{engine}") for engine in ("docker", "oci"))

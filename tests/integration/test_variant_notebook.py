@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.conftest import torch_of_family
 from tests.support.browser import Page, browser
 
 pytestmark = [
@@ -29,7 +30,7 @@ PROGRAM = "torchyard-notebook"
 GOOD = "correct-horse-battery-staple"
 URL = re.compile(r"open http://127\.0\.0\.1:8888/lab\?token=([0-9a-f]{48})")
 START_S = 60.0
-TORCH = "2.13.0+cpu"
+TORCH = torch_of_family()
 CELL = "import torch\nprint('this is', 'torch', torch.__version__)"
 NOTEBOOK = {
     "cells": [{"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": [], "source": CELL}],

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import torchyard
+from tests.integration.conftest import torch_of_family, torchyard
 
 pytestmark = [
     pytest.mark.engine,
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.timeout(1200),
 ]
 
-TORCH = "2.13.0+cpu"
+TORCH = torch_of_family()
 START_S = 30.0
 FINGERPRINT = re.compile(r"torchyard-ssh: host key (SHA256:[A-Za-z0-9+/]{43}) \(ED25519\)")
 KEPT = "/home/torch/.local/share/torchyard/ssh/ssh_host_ed25519_key"
