@@ -20,13 +20,13 @@ from pathlib import Path
 
 from builder import program
 from builder.errors import CellFailedError, MatrixError, ToolError
-from builder.statement import MOST_BYTES
+from builder.statement import MEDIA_TYPE, MOST_BYTES
 
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 """Media type of a signed statement."""
 BUNDLE_MAX = 2 * MOST_BYTES
 """Bytes of a bundle that is read: a statement in base64, and its signature."""
-ENVELOPE = "application/vnd.in-toto+json"
+
 
 # Without services: cosign would otherwise look up at which ones to ask for time-stamps and log entries.
 _NO_SERVICES = json.dumps({
@@ -126,7 +126,7 @@ def payload(bundle: bytes, *, where: str) -> bytes:
     """Return the statement in a bundle, signed by whomsoever; raises MatrixError if it is none."""
     try:
         envelope = json.loads(bundle)["dsseEnvelope"]
-        if envelope["payloadType"] != ENVELOPE:
+        if envelope["payloadType"] != MEDIA_TYPE:
             raise MatrixError("a signature is of something else than a statement", where=where)
         return base64.b64decode(envelope["payload"], validate=True)
     except (ValueError, KeyError, TypeError, RecursionError):

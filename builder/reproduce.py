@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import tempfile
@@ -34,7 +33,7 @@ from builder.render import Plan
 from builder.schema import BootstrapBase
 from builder.statement import Predicate
 from builder.store import Store
-from builder.upload import Target, read_manifest, resolve
+from builder.upload import Target, manifest_of
 
 ROOM = 3 << 30
 """Bytes that are free before anything is built: the base's file system twice, its tar and its layer."""
@@ -237,7 +236,7 @@ def published(target: Target, name: str, workshop: Workshop, *, trust_base: bool
     Raises ImpossibleError if there is no such image or nothing says what it was made of, MatrixError if that cannot be
     used, SourceError if the registry does not answer.
     """
-    digest, manifest = _manifest(target, name)
+    digest, manifest = manifest_of(target, name)
     where = f"{target}@{digest}"
     made, notes = _made(attestation.beside(target, digest), where)
     if made.torchyard != __version__:
@@ -272,21 +271,6 @@ def published(target: Target, name: str, workshop: Workshop, *, trust_base: bool
             groups=groups,
             notes=tuple(notes),
         )
-
-
-def _manifest(target: Target, name: str) -> tuple[str, bytes]:
-    """Return the digest and the bytes of the manifest that a tag or digest names."""
-    where = f"{target}@{name}" if name.startswith("sha256:") else f"{target}:{name}"
-    digest = resolve(target, name)
-    content = read_manifest(target, digest) if digest is not None else None
-    if digest is None or content is None:
-        raise ImpossibleError("there is no such image", where=where, tries=("check the repository and the tag",))
-    if f"sha256:{hashlib.sha256(content).hexdigest()}" != digest:
-        raise HashMismatchError(
-            "the registry gives another manifest than it names", where=where, why=f"it names {digest}",
-            tries=("do not use this registry if it stays",),
-        )  # fmt: skip
-    return digest, content
 
 
 def _made(beside: Beside, where: str) -> tuple[Made, list[str]]:

@@ -48,7 +48,6 @@ from builder.reference import split_host
 from builder.render import VALIDATOR, Plan
 from builder.store import Store
 
-MEDIA_TYPE = "application/vnd.cyclonedx+json"
 VERSION = 1
 """Raise it with every change of what bills say: of several with one serial number, tools take the highest version."""
 

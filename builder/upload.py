@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from urllib.parse import quote, urlsplit
 
-from builder.errors import HashMismatchError, SourceError
+from builder.errors import HashMismatchError, ImpossibleError, SourceError
 from builder.fetching import Progress, check_stop
 from builder.foreign import reason, without_credentials
 from builder.layout import Descriptor
@@ -129,6 +129,26 @@ def read_manifest(target: Target, name: str) -> bytes | None:
             tries=(_AGAIN,),
         )
     return content
+
+
+def manifest_of(target: Target, name: str) -> tuple[str, bytes]:
+    """Return digest and bytes of the manifest that a tag or digest names there.
+
+    Raises ImpossibleError if there is none, HashMismatchError if the registry gives another than it names.
+    """
+    where = f"{target}@{name}" if name.startswith("sha256:") else f"{target}:{name}"
+    digest = resolve(target, name)
+    content = read_manifest(target, digest) if digest is not None else None
+    if digest is None or content is None:
+        raise ImpossibleError("there is no such image", where=where, tries=("check the repository and the tag",))
+    if _digest_of(content) != digest:
+        raise HashMismatchError(
+            "the registry gives another manifest than it names",
+            where=where,
+            why=f"it names {digest}",
+            tries=("do not use this registry if it stays",),
+        )
+    return digest, content
 
 
 def _head(target: Target, path: str) -> Response:

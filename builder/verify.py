@@ -33,7 +33,7 @@ from builder.registry import CONFIG_MAX, Registry
 from builder.render import Plan
 from builder.statement import Predicate
 from builder.transfer import FAILURES, chunks
-from builder.upload import Target, has_blob, read_manifest, resolve
+from builder.upload import Target, has_blob, manifest_of
 
 _KINDS = {
     Predicate.SIGNATURE: "signature",
@@ -157,15 +157,7 @@ def _whose(trust: Trust | None) -> Known:
 def _published(target: Target, name: str) -> _Published:
     """Read manifest and configuration; raises ImpossibleError if it is no image of one platform."""
     where = f"{target}:{name}" if not name.startswith("sha256:") else f"{target}@{name}"
-    digest = resolve(target, name)
-    manifest = read_manifest(target, digest) if digest is not None else None
-    if digest is None or manifest is None:
-        raise ImpossibleError("there is no such image", where=where, tries=("check the repository and the tag",))
-    if f"sha256:{hashlib.sha256(manifest).hexdigest()}" != digest:
-        raise CellFailedError(
-            "the registry gives another manifest than it names", where=where,
-            why=f"it names {digest}", tries=("do not use this registry if it stays",),
-        )  # fmt: skip
+    digest, manifest = manifest_of(target, name)
     try:
         document = json.loads(manifest)
         if document.get("mediaType") == MEDIA_INDEX or "manifests" in document:

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from builder import base as bases
 from builder import cli as commands
-from builder import gate, layout, provenance, push, referrers, reproduce, tar, transfer, verify
+from builder import gate, layout, provenance, push, referrers, reproduce, tar, transfer, upload, verify
 from builder.build import StoreSession, complete
 from builder.compare import Kind
 from builder.credentials import Configuration
@@ -613,7 +613,7 @@ def test_the_registry_gives_a_manifest_that_it_does_not_name(
     published: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published.push(published.statement())
-    monkeypatch.setattr(reproduce, "read_manifest", lambda *_: b"{}")
+    monkeypatch.setattr(upload, "read_manifest", lambda *_: b"{}")
     with pytest.raises(HashMismatchError, match="another manifest"):
         published.again()
 
