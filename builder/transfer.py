@@ -7,7 +7,10 @@ they need before that is in `fetching`.
 from __future__ import annotations
 
 import contextlib
+import http.client
+import io
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -143,13 +146,77 @@ def _await_answer(connection: HTTPConnection) -> None:
             raise TimeoutError
 
 
+class _Head:
+    """An answer's head, line by line, which has to come whole and within STALL_S of its first byte."""
+
+    def __init__(self, file: io.BufferedReader, connection: socket.socket) -> None:
+        self._file, self._connection, self._patience_s = file, connection, connection.gettimeout()
+        self._end: float | None = None
+        self.is_whole = False
+
+    def readline(self, limit: int) -> bytes:
+        """Return the next line; less than one only if the connection ends in it, or it is too long."""
+        line = b""
+        while len(line) < limit and not line.endswith(b"\n") and (here := self._arrived()):
+            line += self._file.read(min(here.find(b"\n") + 1 or len(here), limit - len(line)))
+        self.is_whole = line in (b"\r\n", b"\n")
+        if self.is_whole:
+            # What comes next may take its time again: the body, or after "100 Continue" another head.
+            self._end = None
+            self._connection.settimeout(self._patience_s)
+        return line
+
+    def _arrived(self) -> bytes:
+        """Return what has come and was not read, at least a byte; nothing if the connection ended."""
+        check_stop(getattr(_this_thread, "stop", None))
+        if self._end is not None:
+            self._connection.settimeout(max(self._end - time.monotonic(), 0.001))
+        try:
+            here = self._file.peek(1)
+        except TimeoutError as error:
+            if self._end is None:
+                raise
+            raise http.client.HTTPException(f"the head of the answer is not there after {STALL_S:.0f} s") from error
+        if self._end is None:
+            self._end = time.monotonic() + STALL_S
+        return here
+
+    def close(self) -> None:
+        """Close the file: what has no status line is not read on."""
+        self._file.close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer with a whole head: else a connection's end would pass for the head's, and what was cut off be lost."""
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **more: Any) -> None:  # noqa: ANN401 (the base class')
+        super().__init__(sock, *arguments, **more)
+        self._connection = sock
+
+    def begin(self, **more: Any) -> None:  # noqa: ANN401 (the base class', of newer Pythons)
+        file = self.fp
+        head = _Head(file, self._connection)
+        self.fp = head  # type: ignore[assignment] # as much of a file as a head needs
+        try:
+            super().begin(**more)
+        finally:
+            if self.fp is not None:
+                self.fp = file
+        if not head.is_whole:
+            raise http.client.HTTPException("the connection ended within the head of the answer")
+
+
 class _Connection(HTTPConnection):
+    response_class = _Answer
+
     def getresponse(self) -> HTTPResponse:  # type: ignore[override] # as in the base class
         _await_answer(self)
         return super().getresponse()
 
 
 class _TLSConnection(HTTPSConnection):
+    response_class = _Answer
+
     def getresponse(self) -> HTTPResponse:  # type: ignore[override] # as in the base class
         _await_answer(self)
         return super().getresponse()

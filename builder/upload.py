@@ -115,20 +115,25 @@ def resolve(target: Target, name: str) -> str | None:
 
 def read_manifest(target: Target, name: str) -> bytes | None:
     """Return the manifest that a tag or digest names there, byte for byte; None if there is none."""
-    response = target.registry.request(
-        "GET", f"manifests/{name}", repository=target.repository, actions=target.actions, headers=_ACCEPT
-    )
-    if not _is_there(target, response, "manifest"):
-        return None
-    content = target.registry.small_body(response, MANIFEST_MAX)
-    if content is None:
-        raise SourceError(
-            "a manifest could not be read back",
-            where=f"{target}: {name}",
-            why="it broke off, or is larger than manifests are",
-            tries=(_AGAIN,),
+    patience = Patience()
+    while True:
+        response = target.registry.request(
+            "GET", f"manifests/{name}", repository=target.repository, actions=target.actions, headers=_ACCEPT
         )
-    return content
+        if not _is_there(target, response, "manifest"):
+            return None
+        content = target.registry.small_body(response, MANIFEST_MAX)
+        if content is not None:
+            return content
+        length = response.headers.get("Content-Length", "")
+        too_large = length.isdecimal() and int(length) > MANIFEST_MAX
+        if too_large or not patience.wait():
+            raise SourceError(
+                "a manifest could not be read back",
+                where=f"{target}: {name}",
+                why=f"it is larger than {MANIFEST_MAX >> 20} MiB" if too_large else "it breaks off each time",
+                tries=("this is no image's manifest",) if too_large else (_AGAIN,),
+            )
 
 
 def manifest_of(target: Target, name: str) -> tuple[str, bytes]:

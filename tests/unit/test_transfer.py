@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -140,6 +145,133 @@ def test_no_answer_is_an_error_of_the_system(client: Client) -> None:
         client.request("GET", "http://127.0.0.1:9/file?signature=canary")
     assert "canary" not in reason(caught.value)
     assert "refused" in reason(caught.value)
+
+
+# --------------------------------------------------------------------------- heads
+
+
+class Talker:
+    """A server that says what it is told to: to each connection one of the answers, in pieces with pauses between."""
+
+    def __init__(self, *answers: Iterable[bytes | float]) -> None:
+        self._answers, self.asked = list(answers), 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="talker")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    self._talk(connection)
+
+    def _talk(self, connection: socket.socket) -> None:
+        said = b""
+        while not said.endswith(b"\r\n\r\n"):
+            said += connection.recv(1)
+        answer = self._answers[min(self.asked, len(self._answers) - 1)]
+        self.asked += 1
+        for one in answer:
+            if isinstance(one, bytes):
+                connection.sendall(one)
+            elif self._over.wait(one):
+                return
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nX-Name: a whole value\r\nContent-Length: 4\r\n\r\n"
+
+
+@pytest.fixture
+def straight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
+@pytest.mark.usefixtures("straight")
+@pytest.mark.parametrize("at", [5, 15, 17, 24, 30, len(HEAD) - 2])
+def test_a_head_that_is_cut_is_no_answer(at: int) -> None:
+    """It would pass for a whole one, with fewer headers or with half of one's value."""
+    once = Client(attempts=1)
+    with Talker([HEAD[:at]], [HEAD, b"body"]) as talker:
+        with pytest.raises(OSError) as caught:  # noqa: PT011 (whatever says that there is none)
+            once.request("GET", talker.url)
+        assert "the head of the answer" in reason(caught.value) or at == 5
+        response = once.request("GET", talker.url)
+        assert (response.headers["X-Name"], response.content) == ("a whole value", b"body")
+    once.close()
+
+
+@pytest.mark.usefixtures("straight")
+def test_it_is_asked_for_again(client: Client) -> None:
+    with Talker([HEAD[:30]], [HEAD[:-2]], [HEAD, b"body"]) as talker:
+        assert client.request("GET", talker.url).content == b"body"
+        assert talker.asked == 3
+
+
+@pytest.mark.usefixtures("straight")
+def test_a_head_that_comes_byte_by_byte_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte is in time for a socket; all of them together are not."""
+    monkeypatch.setattr(transfer, "STALL_S", 0.5)
+    once = Client(attempts=1)
+    slow = [piece for byte in HEAD for piece in (bytes([byte]), 0.1)]
+    with Talker(slow) as talker:
+        began = time.monotonic()
+        with pytest.raises(OSError) as caught:  # noqa: PT011 (as above)
+            once.request("GET", talker.url, patience_s=5)
+        assert time.monotonic() - began < 3
+    assert "the head of the answer is not there after" in reason(caught.value)
+    once.close()
+
+
+@pytest.mark.usefixtures("straight")
+def test_a_silence_within_a_head_has_an_end_before_one_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "STALL_S", 0.3)
+    once = Client(attempts=1)
+    with Talker([HEAD[:20], 20.0]) as talker:
+        began = time.monotonic()
+        with pytest.raises(OSError, match="head of the answer"):
+            once.request("GET", talker.url, patience_s=15)
+        assert time.monotonic() - began < 5
+    once.close()
+
+
+@pytest.mark.usefixtures("straight")
+def test_what_is_thought_about_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is one on heads: not on the time before, nor after a head that only says to go on, nor on the body."""
+    monkeypatch.setattr(transfer, "STALL_S", 0.2)
+    once = Client(attempts=1)
+    with Talker([0.5, b"HTTP/1.1 100 Continue\r\n\r\n", 0.5, HEAD, 0.5, b"body"]) as talker:
+        assert once.request("GET", talker.url, patience_s=5).content == b"body"
+    once.close()
+
+
+@pytest.mark.usefixtures("straight")
+def test_nobody_waits_for_the_rest_of_a_head_after_the_stop() -> None:
+    once, stop = Client(attempts=1), threading.Event()
+
+    def talk() -> Iterator[bytes | float]:
+        yield HEAD[:20]
+        stop.set()
+        for byte in HEAD[20:]:
+            yield from (0.1, bytes([byte]))
+
+    with Talker(talk()) as talker, transfer.stopped_by(stop), pytest.raises(SourceError, match="another transfer"):
+        once.request("GET", talker.url)
+    once.close()
 
 
 def test_foreign_text_is_shown_without_what_is_secret() -> None:

@@ -21,6 +21,7 @@ from builder.fetching import Silent
 from builder.layout import MEDIA_LAYER_GZIP, MEDIA_MANIFEST, Descriptor
 from builder.registry import Registry
 from builder.upload import Arrived, Target, Way, push_blob, put_manifest, read_manifest, resolve
+from tests.support import proxy
 from tests.support.registry_server import Fault, PushServer, TokenService, Upload, text_of
 
 REPOSITORY = "team/app"
@@ -323,6 +324,40 @@ def test_a_lost_answer_to_the_beginning(server: PushServer, target: Target) -> N
     server.fault("begin", Fault(lost=True))
     pushed(target, blob)
     assert_there_too(server, blob)
+
+
+@pytest.mark.parametrize("kind", ["blob", "begin", "patch", "commit"])
+@pytest.mark.parametrize("short", [12, 40, 60])
+def test_an_answer_that_is_cut_within_its_head(server: PushServer, kind: str, short: int) -> None:
+    """The head may have lost its Location, or only a part of it, which is an address as well."""
+    blob = Blob(CONTENT)
+    with (
+        proxy.Proxy(int(server.host.rpartition(":")[2])) as between,
+        Registry(between.host, configuration=Configuration()) as registry,
+    ):
+        # What these were to do the registry has done: it is asked, and they are not sent again.
+        between.fault(kind, *[proxy.Fault(short=short)] * (1 if kind in ("patch", "commit") else 3))
+        pushed(Target(registry=registry, repository=REPOSITORY), blob)
+        assert not between.pending
+    assert_there_too(server, blob)
+    assert server.received == len(CONTENT)
+
+
+@pytest.mark.parametrize("short", [12, 200])
+def test_a_manifest_that_breaks_off_is_read_again(server: PushServer, short: int) -> None:
+    content = b"{%s}" % (b" " * 1000)
+    server.tag(REPOSITORY, "latest", content)
+    with (
+        proxy.Proxy(int(server.host.rpartition(":")[2])) as between,
+        Registry(between.host, configuration=Configuration()) as registry,
+    ):
+        target = Target(registry=registry, repository=REPOSITORY)
+        between.fault("read", proxy.Fault(short=short), proxy.Fault(short=short))
+        assert read_manifest(target, "latest") == content
+        assert not between.pending
+        between.fault("read", *[proxy.Fault(short=short)] * 40)
+        with pytest.raises(SourceError):
+            read_manifest(target, "latest")
 
 
 @pytest.mark.parametrize("kind", ["patch", "commit", "state"])
