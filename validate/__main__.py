@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Mapping, Optional, Sequence, Set, Tuple
 
 from validate import bundle, check, document, explain, profile, runner, terminal, waivers
 from validate.driver import Driver, seen
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strict", action="store_true", help="warnings fail the run")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="only checks with such an id")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="a number of the profile")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no check after this time")
+    parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help="start no check after this time")
     parser.add_argument("--waivers", metavar="PATH", help="checks that may fail until a day, with reasons: a JSON file")
     parser.add_argument("--report", metavar="PATH", help="write report.json")
     parser.add_argument("--json", action="store_true", help="print events, a JSON document a line")
@@ -58,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda:0", help=argparse.SUPPRESS)
     parser.add_argument("--prelude", default="", help=argparse.SUPPRESS)
     return parser
+
+
+def _seconds(text: str) -> float:
+    """Read a time above 0; raises ValueError for any other text."""
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(text)
+    return seconds
 
 
 def _elsewhere(path: Optional[str], checks: Sequence[check.Check], options: Mapping[str, Any]) -> Mapping[str, Result]:
@@ -101,20 +109,6 @@ def _declared(path: str) -> Optional[Mapping[str, Any]]:
     return None
 
 
-def _options(texts: Sequence[str], known: Mapping[str, Any]) -> Dict[str, Any]:
-    """Read NAME=VALUE; raises ValueError for a name that no profile has."""
-    options: Dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or name not in known:
-            raise ValueError(f"no such option: {text}; there are {', '.join(sorted(known))}")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options
-
-
 def main(arguments: Optional[Sequence[str]] = None) -> None:
     """Run the command line and exit."""
     sys.exit(_main(_parser(), arguments))
@@ -132,11 +126,13 @@ def _main(parser: argparse.ArgumentParser, arguments: Optional[Sequence[str]]) -
         if not any(fnmatch.fnmatchcase(name, pattern) for name in checks):
             parser.error(f"--only {pattern}: no check has such an id; --list names them")
     try:
-        options = _options(asked.option, profile.DEFAULTS)
+        options = dict(profile.option(text) for text in asked.option)
         subject = json.loads(asked.subject)
         waived = _waivers(asked.waivers, checks)
     except ValueError as error:
         parser.error(str(error))
+    if asked.report and not os.path.isdir(os.path.dirname(asked.report) or "."):  # noqa: PTH112, PTH120
+        parser.error(f"--report {asked.report}: there is no such directory")
     wanted, required = profile.select(checks, chosen, only=asked.only, gpus=asked.gpus)
     if asked.foreign_user:
         # What these need is looked at by the image's own user; here they tell themselves what is missing.

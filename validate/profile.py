@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Set, Tuple
 
 from validate.check import Check
 
@@ -43,6 +44,42 @@ DEFAULTS: Mapping[str, Any] = {
 workers: of a DataLoader, decides how much shared memory is enough. foreign_user: "fail" or "warn" if a user without an
 entry in /etc/passwd cannot work. price_per_hour: of the machine, for the cost of 1000 tokens. mbu_floor, mbu_warn:
 fraction of the measured bandwidth that wide decoding must reach."""
+
+
+def _is_number(value: object) -> bool:
+    # NaN, infinity and integers that no float can hold are none of use.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e15
+
+
+def _is_fraction(value: Any) -> bool:  # noqa: ANN401 (whatever JSON can hold)
+    return _is_number(value) and value <= 1
+
+
+_OPTIONS: Mapping[str, Tuple[str, Callable[[Any], bool]]] = {
+    "compile": ("true or false", lambda value: isinstance(value, bool)),
+    "workers": ("a whole number, 0 or more", lambda value: _is_number(value) and isinstance(value, int)),
+    "foreign_user": ("fail or warn", lambda value: value in ("fail", "warn")),
+    "price_per_hour": ("a number, 0 or more, or null", lambda value: value is None or _is_number(value)),
+    "mbu_floor": ("a number from 0 to 1", _is_fraction),
+    "mbu_warn": ("a number from 0 to 1", _is_fraction),
+}
+"""What the command line may change, and to what; gpus has an option of its own there."""
+
+
+def option(text: str) -> Tuple[str, Any]:
+    """Read NAME=VALUE; raises ValueError for a name that no profile has, or a value that it cannot have."""
+    name, equals, value = text.partition("=")
+    if not equals or name not in _OPTIONS:
+        raise ValueError(f"no such option: {text}; there are {', '.join(sorted(_OPTIONS))}")
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = value
+    what, is_right = _OPTIONS[name]
+    if not is_right(found):
+        raise ValueError(f"--option {text}: {name} is {what}")
+    return name, found
+
 
 PROFILES: Mapping[str, Profile] = {
     profile.name: profile

@@ -503,7 +503,7 @@ def report_health() -> int:
     try:
         version = health(url)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        sys.stdout.write(f"{url} does not answer as it should: {error or type(error).__name__}\n")
+        sys.stdout.write(f"{url} does not answer as it should: {str(error) or type(error).__name__}\n")
         return 1
     sys.stdout.write(f"Jupyter Server {version} answers at {url}\n")
     return 0

@@ -147,7 +147,12 @@ def configured(name: str, content: str = "", *, file: str = "jupyter_server_conf
     config = {**NOTEBOOK["config"], "env": {**NOTEBOOK["config"]["env"], **more.pop("env", {})}}
     config["cmd"] = more.pop("cmd", config["cmd"])
     written = f"write('etc/{file}', {content!r})\n" if content else ""
-    fields: dict[str, Any] = {"declared": {**NOTEBOOK, "config": config}, "says": "switches authentication off", **more}
+    fields: dict[str, Any] = {
+        "declared": {**NOTEBOOK, "config": config},
+        "says": "switches authentication off",
+        "image": True,
+        **more,
+    }
     return Mutation(check="sec.jupyter", name=name, prelude=PLANT + LOADERS + written, **fields)
 
 
@@ -209,14 +214,16 @@ MUTATIONS = [
         name="a token that was made when the image was",
         prelude=PLANT + LOADERS + "write('home/.local/share/torchyard/jupyter-token', 'abc')\nos.chdir(site)",
         declared={"program": "notebook", "config": {"env": {"HOME": "home"}}},
-        says="jupyter-token is in the image",
+        image=True,
+        says="jupyter-token holds what the first start makes",
     ),
     Mutation(
         check="sec.jupyter",
         name="a secret for cookies that all containers share",
         prelude=PLANT + LOADERS + "write('home/.local/share/jupyter/runtime/jpserver-7.json', '')\nos.chdir(site)",
         declared={"program": "notebook", "config": {"env": {"HOME": "home"}}},
-        says="jpserver-7.json is in the image",
+        image=True,
+        says="jpserver-7.json holds what the first start makes",
     ),
     Mutation(
         check="sec.jupyter",

@@ -30,6 +30,8 @@ class Mutation:
     """What it runs in: any Python, all else being planted by the prelude; the CPU cell; or the CPU cell's llm image."""
     declared: Mapping[str, Any] | None = None
     """The image.json that the environment is held to."""
+    image: bool = False
+    """Whether the check is told that it is in a container of its own."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Over the profile's defaults."""
     device: str = "cpu"

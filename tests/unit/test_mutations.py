@@ -28,6 +28,7 @@ def test_each_is_told_apart_by_check_and_name() -> None:
 def test_a_check_fails_where_it_must(mutation: Mutation, tmp_path: Path) -> None:
     request = check.Request(
         declared=mutation.declared,
+        image=mutation.image,
         options={**profile.DEFAULTS, **mutation.options},
         device=mutation.device,
         scratch=str(tmp_path),

@@ -393,6 +393,18 @@ def test_a_server_that_is_not(
     assert says in out
 
 
+def test_an_error_without_a_message_is_named(
+    places: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(url: str) -> str:
+        raise ConnectionAbortedError
+
+    monkeypatch.setattr(notebook, "health", fails)
+    code, out = health(capsys)
+    assert code == 1
+    assert out.endswith(": ConnectionAbortedError\n")
+
+
 def test_a_server_that_accepts_and_says_nothing(
     places: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

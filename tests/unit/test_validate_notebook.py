@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ c.ContentsManager.root_dir = '/data'
 """
 
 
-def a_probe() -> Probe:
-    return Probe(Request(), lambda document: None)
+def a_probe(*, image: bool = True, declared: Mapping[str, Any] | None = NOTEBOOK) -> Probe:
+    return Probe(Request(image=image, declared=declared), lambda document: None)
 
 
 def run(name: str, tmp_path: Path, prelude: str, declared: Mapping[str, Any] | None = NOTEBOOK) -> Result:
@@ -143,3 +145,70 @@ def test_a_home_directory_nobody_has_used(tmp_path: Path) -> None:
     (tmp_path / ".local/share/jupyter/runtime/jupyter_cookie_secret").write_text("")
     notebook.judge_home(probe, str(tmp_path))
     assert len(probe.findings) == 1
+
+
+# ----------------------------------------------------------------------------------------------------
+# Who brought it
+
+
+HASHED = {"PasswordIdentityProvider": {"hashed_password": "argon2:x"}}
+
+
+def told(tmp_path: Path, probe: Probe) -> list[tuple[Status, str]]:
+    """Judge a home that somebody has used: a token that a first start made, and a password of its user."""
+    token = tmp_path / notebook.KEPT
+    token.parent.mkdir(parents=True)
+    token.write_text("hunter2")
+    password = tmp_path / ".jupyter/jupyter_server_config.json"
+    password.parent.mkdir()
+    password.write_text("")
+    notebook.judge_home(probe, str(tmp_path))
+    notebook.judge_settings(probe, notebook.of_files({str(password): HASHED}))
+    return [(one.status, one.what) for one in probe.findings]
+
+
+def test_what_a_new_container_has_is_the_images(tmp_path: Path) -> None:
+    assert [status for status, _ in told(tmp_path, a_probe())] == [Status.FAIL] * 2
+
+
+def test_what_a_user_left_in_a_container_is_no_fault_of_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notebook, "_began", lambda: time.time() - 60)
+    assert told(tmp_path, a_probe(image=False)) == []
+
+
+def test_what_is_older_than_a_container_that_is_used_may_be_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notebook, "_began", lambda: time.time() + 60)
+    probe = a_probe(image=False)
+    findings = told(tmp_path, probe)
+    assert [status for status, _ in findings] == [Status.WARN] * 2
+    assert all("older than this run of the container" in what for _, what in findings)
+    assert all("torchyard validate IMAGE" in one.remedy and one.mode == "F62" for one in probe.findings)
+
+
+def test_a_machines_password_is_its_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notebook, "_began", lambda: time.time() + 60)
+    probe = a_probe(image=False, declared=None)
+    notebook.judge_environment(probe, {"JUPYTER_TOKEN": "hunter2"})
+    assert told(tmp_path, probe) == []
+
+
+def test_who_left_an_open_door_does_not_matter(tmp_path: Path) -> None:
+    probe = a_probe(image=False, declared=None)
+    notebook.judge_settings(probe, [Setting(str(tmp_path / "a.py"), "ServerApp.token", "")])
+    assert [one.status for one in probe.findings] == [Status.FAIL]
+
+
+def test_when_the_first_process_began(tmp_path: Path) -> None:
+    began = notebook._began()
+    assert began is not None
+    assert time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) - 5 < began < time.time()
+    new = tmp_path / "new"
+    new.write_text("")
+    os.utime(new, (1, 1))
+    assert not notebook._is_older(str(new), began)
+    assert not notebook._is_older(str(new), None)
+    assert not notebook._is_older(str(tmp_path / "gone"), time.time() + 60)

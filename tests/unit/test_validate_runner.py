@@ -22,8 +22,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from validate import check, profile, runner, terminal
+from validate import check, driver, profile, runner, terminal
 from validate.check import Check, Request
+from validate.checks import collectives, gloo
 from validate.driver import Driver
 from validate.verdict import (
     FAILED,
@@ -252,6 +253,23 @@ def test_what_was_seen_before_a_crash_is_kept(root: str, request_: Request) -> N
     result = one(root, request_, "abort")
     assert result.evidence == {"before": "seen"}
     assert "in aborts" in result.output  # faulthandler's traceback
+
+
+def test_no_deadline_is_so_early_that_a_busy_machine_misses_it() -> None:
+    checks = check.load()
+    # The slowest without one of its own took 18 s at most where two cores had other work as well.
+    assert check.DEADLINE_S >= 10 * 18
+    assert {one.id: one.deadline_s for one in checks.values() if one.deadline_s < check.DEADLINE_S} == {}
+
+
+def test_what_a_check_waits_for_ends_before_its_deadline() -> None:
+    checks = check.load()
+    launch_s = collectives.DEADLINE_S + collectives._START_S + 10
+    assert 2 * launch_s < checks["dist.nccl"].deadline_s
+    for name in ("dist.gloo", "dist.ddp", "dist.fsdp", "dist.busbw"):
+        assert launch_s < checks[name].deadline_s
+    assert checks["dist.gloo"].deadline_s > gloo._STARTS_S + gloo._ENDS_S
+    assert checks["drv.visible"].deadline_s > driver.LOOK_S
 
 
 def test_a_hang_is_ended_with_a_traceback_of_every_thread(root: str, request_: Request) -> None:

@@ -652,7 +652,7 @@ def _compile(caches: str) -> Compiled:
     title="torch.compile works, and computes what eager code does",
     tier=1,
     needs=("run.import",),
-    deadline_s=300,
+    deadline_s=900,
     modes=("F48", "F49", "F51", "F52", "F54", "F78"),
 )
 def compiled(probe: Probe) -> None:

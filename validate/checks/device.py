@@ -22,7 +22,6 @@ from validate.verdict import Blame, Skip
     title="torch reaches every GPU",
     tier=2,
     needs=("drv.visible",),
-    deadline_s=90,
     modes=("F19", "F31", "F40"),
 )
 def available(probe: Probe) -> None:
@@ -181,7 +180,6 @@ def kernels(device: str) -> Dict[str, str]:
     title="torch has machine code for this GPU",
     tier=2,
     needs=("dev.available",),
-    deadline_s=120,
     modes=("F43", "F44", "F45", "F46"),
 )
 def arch(probe: Probe) -> None:

@@ -61,7 +61,6 @@ _CAUSES: Mapping[int, Tuple[str, str, str, Blame]] = {
     "drv.visible",
     title="the NVIDIA driver is there and answers",
     tier=2,
-    deadline_s=driver.LOOK_S + 15,
     modes=("F21", "F22", "F28", "F29", "F30", "F31", "F32", "F33", "F34"),
 )
 def visible(probe: Probe) -> None:
@@ -266,7 +265,6 @@ def torch_cuda() -> Optional[str]:
     title="the driver is new enough for this torch's CUDA",
     tier=2,
     needs=("drv.visible",),
-    deadline_s=driver.LOOK_S + 15,
     modes=("F26", "F28", "F46"),
 )
 def floor(probe: Probe) -> None:

@@ -62,8 +62,6 @@ class Import:
     "run.import",
     title="torch imports, alone and beside others",
     tier=1,
-    # From a cold disk, on a busy machine, an import takes a minute; and there are several.
-    deadline_s=240,
     modes=("F01", "F02", "F08", "F13", "F24"),
 )
 def imports(probe: Probe) -> None:

@@ -356,7 +356,6 @@ def _run(engine: Engine, prompt: torch.Tensor, tokens: int) -> Run:
     title="generated tokens are computed, and from all weights",
     tier=2,
     needs=("dev.available",),
-    deadline_s=300,
     modes=("F48", "F50"),
 )
 def proof(probe: Probe) -> None:

@@ -204,7 +204,6 @@ def _index_add(x: Any) -> Any:  # noqa: ANN401
     title="convolutions, norms, softmax and reductions are right, their gradients, too",
     tier=2,
     needs=("dev.available",),
-    deadline_s=120,
 )
 def operations(probe: Probe) -> None:
     """Compare outputs and gradients in fp32, fp16 and bf16 with fp64 on the CPU, from the same rounded inputs."""
@@ -272,7 +271,6 @@ _CASES = ("full", "causal", "grouped")
     title="attention is right in each of its implementations, forward and backward",
     tier=2,
     needs=("dev.available",),
-    deadline_s=120,
     modes=("F57",),
 )
 def sdpa(probe: Probe) -> None:
@@ -488,7 +486,6 @@ def judge_scaler(before: float, after: float, probe: Probe, *, moved: bool) -> N
     title="torch.compile makes code for this GPU that is as exact as eager code",
     tier=2,
     needs=("dev.available",),
-    deadline_s=240,
     modes=("F48", "F49", "F50", "F51"),
 )
 def compiled(probe: Probe) -> None:

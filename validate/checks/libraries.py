@@ -39,7 +39,6 @@ def _expected(probe: Probe) -> Mapping[str, Any]:
     title="cuDNN is the declared one, and its convolutions are right",
     tier=2,
     needs=("dev.available",),
-    deadline_s=120,
     modes=("F01", "F03", "F04", "F09"),
 )
 def cudnn(probe: Probe) -> None:
@@ -280,7 +279,6 @@ _LIBRARIES: Mapping[str, Looks] = {
     title="cuBLAS, cuFFT, cuSOLVER, cuSPARSE and cuRAND compute rightly",
     tier=2,
     needs=("dev.available",),
-    deadline_s=120,
     modes=("F05", "F06", "F08", "F10", "F44"),
 )
 def mathematics(probe: Probe) -> None:
@@ -323,7 +321,6 @@ def _broken(library: str, raised: BaseException, probe: Probe) -> None:
     title="NCCL is the declared one and makes a communicator",
     tier=2,
     needs=("dev.available",),
-    deadline_s=90,
     modes=("F01", "F02"),
 )
 def nccl(probe: Probe) -> None:
@@ -411,7 +408,6 @@ template <typename T> T validated(T x, T y, T factor) {
     title="NVRTC compiles a kernel while the program runs",
     tier=2,
     needs=("dev.available",),
-    deadline_s=90,
     modes=("F07", "F46"),
 )
 def nvrtc(probe: Probe) -> None:

@@ -66,6 +66,11 @@ class Setting:
     value: Any
 
     @property
+    def path(self) -> Optional[str]:
+        """The file, if it is one."""
+        return self.place if self.place.startswith("/") else None
+
+    @property
     def trait(self) -> str:
         """The part of the name after the dot."""
         return self.name.rpartition(".")[2]
@@ -103,14 +108,14 @@ def _split(line: str) -> List[str]:
 
 
 def judge_settings(probe: Probe, settings: Sequence[Setting]) -> None:
-    """Judge what decides who is let in; a secret that an image carries is known to all who have the image."""
+    """Judge what decides who is let in, whoever set it; a secret only if the image may have brought it."""
     has_password = any(one.trait in _PASSWORDS and one.value for one in settings)
     for one in settings:
         text = str(one.value).strip("'\"")
         if one.trait == "token" and not text and not has_password:
             _opened(probe, one, "everybody is let in")
         elif one.trait in ("token", *_PASSWORDS) and text:
-            _baked(probe, f"{one.name} stands in {one.place}")
+            _judge_secret(probe, f"{one.name} stands in {one.place}", one.path)
         elif one.trait in ("disable_check_xsrf", "allow_unauthenticated_access") and text.lower() in ("true", "1", ""):
             _opened(probe, one, "requests are answered that nobody logged in for")
         elif one.trait == "allow_origin" and text == "*":
@@ -118,10 +123,10 @@ def judge_settings(probe: Probe, settings: Sequence[Setting]) -> None:
 
 
 def judge_environment(probe: Probe, environment: Mapping[str, str]) -> None:
-    """Judge the image's environment."""
+    """Judge the image's environment, or that of a machine, where a secret is its user's."""
     for name in _SECRETS:
         if environment.get(name):
-            _baked(probe, f"{name} stands in the image's environment")
+            _judge_secret(probe, f"{name} stands in the image's environment", None)
         elif name in environment:
             _opened(probe, Setting("the environment", name, ""), "an empty secret is none")
     if environment.get(_OPENING_ENVIRONMENT, "").lower() in ("true", "yes"):
@@ -130,14 +135,14 @@ def judge_environment(probe: Probe, environment: Mapping[str, str]) -> None:
 
 
 def judge_home(probe: Probe, home: str) -> None:
-    """Judge what lies in the home directory before anybody has started anything."""
+    """Judge what lies in the home directory that a first start makes."""
     runtime = f"{home}/.local/share/jupyter/runtime"
     left = [f"{home}/{KEPT}", f"{runtime}/jupyter_cookie_secret"]
     with contextlib.suppress(OSError):
         left += [f"{runtime}/{name}" for name in sorted(os.listdir(runtime)) if name.startswith("jpserver-")]  # noqa: PTH208
     for path in left:
         if os.path.lexists(path):
-            _baked(probe, f"{path} is in the image")
+            _judge_secret(probe, f"{path} holds what the first start makes", path)
 
 
 def _opened(probe: Probe, one: Setting, why: str) -> None:
@@ -149,13 +154,46 @@ def _opened(probe: Probe, one: Setting, why: str) -> None:
     )
 
 
-def _baked(probe: Probe, what: str) -> None:
-    probe.fail(
-        what,
-        why="all containers of the image share this secret, and who has the image knows it",
-        remedy="leave it out of the image; give it when the container starts: docker run -e JUPYTER_TOKEN=...",
-        mode="F62",
-    )
+def _judge_secret(probe: Probe, what: str, path: Optional[str]) -> None:
+    """Judge a secret by who brought it: the image, or somebody who uses this container or machine.
+
+    `path` is the file that it is in; None if the image declares it. All that a new container has is the image's. Where
+    the suite was started in a container that is used, only time tells: what changed since it began is its user's.
+    """
+    declared = probe.request.declared is not None
+    if probe.request.image or (declared and path is None):
+        probe.fail(
+            what,
+            why="all containers of the image share this secret, and who has the image knows it",
+            remedy="leave it out of the image; give it when the container starts: docker run -e JUPYTER_TOKEN=...",
+            mode="F62",
+        )
+    elif declared and path is not None and _is_older(path, _began()):
+        probe.warn(
+            f"{what}, and is older than this run of the container",
+            why="it is of an earlier run, of a volume, or of the image, and then all its containers share it",
+            remedy="`torchyard validate IMAGE` looks at the image alone; what it finds there, leave out of the image",
+            mode="F62",
+        )
+
+
+def _began() -> Optional[float]:
+    """Return when this container was started, by the clock; None if that cannot be known."""
+    try:
+        with open("/proc/1/stat", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        return booted + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _is_older(path: str, began: Optional[float]) -> bool:
+    """Tell whether a file is as it was before a time; by when the file changed, for anybody can set its content's."""
+    try:
+        return began is not None and os.lstat(path).st_ctime < began - 1
+    except OSError:
+        return False
 
 
 @check("sec.jupyter", title="no configuration of Jupyter lets everybody in", tier=1, modes=("F62",))
@@ -256,7 +294,6 @@ class Served(Service):
     title="JupyterLab lets nobody in without the token, and its kernels import this torch",
     tier=1,
     needs=("run.import",),
-    deadline_s=300.0,
     modes=("F62", "F71"),
 )
 def service(probe: Probe) -> None:

@@ -81,7 +81,6 @@ def tell_roofline(probe: Probe, measured: Roofline, promised: Optional[float]) -
     title="memory, products, transfers and launches are as fast as the GPU is",
     tier=2,
     needs=("dev.available",),
-    deadline_s=180,
     modes=("F42",),
 )
 def measure_roofline(probe: Probe) -> None:
@@ -232,7 +231,6 @@ def judge_amp(probe: Probe, rows: Mapping[str, Row], *, tensor_cores: bool) -> N
     title="smaller types train faster, and as well",
     tier=2,
     needs=("perf.roofline",),
-    deadline_s=300,
 )
 def amp(probe: Probe) -> None:
     """Train one transformer in every type, and on the CPU."""
@@ -406,7 +404,6 @@ def judge_stability(probe: Probe, before: Bandwidth, after: Bandwidth) -> None:
     title="the GPU is as fast at the end as at the beginning",
     tier=2,
     needs=("perf.roofline",),
-    deadline_s=90,
     modes=("F42",),
 )
 def stability(probe: Probe) -> None:

@@ -19,8 +19,6 @@ from validate.verdict import Blame, Skip
 
 ROOT = "/"
 """Where the image's files are; the tests have trees of their own."""
-WALK_S = 180.0
-"""For a walk over all files: a second where they are in the page cache, minutes on a busy machine with a slow disk."""
 SHOWN = 5
 """Paths that a finding names of many."""
 
@@ -158,7 +156,6 @@ SYSTEM = ("/etc", "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/boot", 
     "sec.user",
     title="the image's user is not root and cannot become it",
     tier=1,
-    deadline_s=WALK_S,
     modes=("F80",),
 )
 def user(probe: Probe) -> None:
@@ -400,7 +397,6 @@ _NO_SECRET = re.compile(r"|/.*|[01]|true|false|yes|no|none|null|\$\{?\w+\}?", re
     "sec.secrets",
     title="the image holds no secrets",
     tier=1,
-    deadline_s=WALK_S,
     exclusive=True,  # other checks make keys for themselves, and start programs that do
     modes=("F62", "F81"),
 )

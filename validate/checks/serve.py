@@ -329,7 +329,6 @@ def _tell(probe: Probe, wrong: Sequence[Tuple[bool, str, str]]) -> None:
     title="transformers generates, samples as it is told, and saves what it loads",
     tier=1,
     needs=("run.import",),
-    deadline_s=300.0,
 )
 def transformers(probe: Probe) -> None:
     """Generate with a tiny model of random weights: greedy, sampled, through the pipeline, saved and loaded."""
@@ -376,7 +375,6 @@ def judge_export(probe: Probe, seen: Mapping[str, float]) -> None:
     title="a model can be exported, as a graph of torch and as ONNX if that is declared, for any length",
     tier=1,
     needs=("llm.transformers",),
-    deadline_s=300.0,
 )
 def export(probe: Probe) -> None:
     """Export a tiny model in two forms, save and load them, and compare their logits with the model's."""
@@ -422,7 +420,6 @@ def judge_ranks(probe: Probe, ranks: Sequence[Mapping[str, Any]]) -> None:
     title="accelerate launches two processes that train one model",
     tier=1,
     needs=("run.import",),
-    deadline_s=300.0,
 )
 def accelerate(probe: Probe) -> None:
     """Launch two processes on the CPU, on loopback alone, and have them train."""
@@ -488,7 +485,6 @@ def serving(probe: Probe, program: str, folder: str, token: str) -> Iterator[Ser
     title="the service generates for whom has the token, within its limits, and ends when it is told to",
     tier=1,
     needs=("run.import", "llm.transformers"),
-    deadline_s=300.0,
     modes=("F62",),
 )
 def service(probe: Probe) -> None:

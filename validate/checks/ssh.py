@@ -22,7 +22,7 @@ from validate.check import Probe, check
 from validate.verdict import Skip
 
 PROGRAM = "torchyard-ssh"
-_START_S, _CLIENT_S, _END_S = 15.0, 15.0, 8.0
+_START_S, _CLIENT_S, _END_S = 60.0, 60.0, 8.0
 
 
 def _require_program(probe: Probe) -> None:

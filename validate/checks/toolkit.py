@@ -251,7 +251,7 @@ def _not_built(probe: Probe, kind: str, error: str, *, cuda: bool) -> NoReturn:
     title="a C++ extension compiles, links, loads and computes",
     tier=1,
     needs=("run.import",),
-    deadline_s=600,
+    deadline_s=900,
     modes=("F49",),
 )
 def cpp_extension(probe: Probe) -> None:
@@ -306,7 +306,7 @@ def lowest(names: Sequence[str]) -> Optional[str]:
     title="a CUDA extension compiles, links and loads",
     tier=1,
     needs=("run.import", "env.toolkit"),
-    deadline_s=600,
+    deadline_s=900,
     modes=("F19", "F77", "F79"),
 )
 def cuda_extension(probe: Probe) -> None:
@@ -374,7 +374,7 @@ def judge_code(probe: Probe, found: Optional[Sequence[str]], wanted: str) -> Non
     title="a kernel that was compiled here computes on the GPU",
     tier=2,
     needs=("env.cuda-extension", "dev.available"),
-    deadline_s=600,
+    deadline_s=900,
     modes=("F43",),
 )
 def extension_on_gpu(probe: Probe) -> None:
