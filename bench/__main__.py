@@ -7,11 +7,12 @@ import datetime as dt
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench import containers, floor, machine, report
+from bench import command, containers, floor, machine, report
+from bench.command import chosen, neighbour_of
 from bench.oci import Torchyard
 from bench.peers import PEERS, Buildkit
 from bench.process import shown
@@ -20,8 +21,7 @@ from builder import base as bases
 from builder.build import LOADED, MARGIN_BYTES, PEAK
 from builder.console import Console
 from builder.engines.docker import DockerEngine
-from builder.errors import InterruptedRunError, MatrixError, SourceError, ToolError, TorchyardError
-from builder.matrix import Cell
+from builder.errors import MatrixError, SourceError, ToolError
 from builder.project import Project
 from builder.render import Plan
 from builder.store import Store, write_atomically
@@ -31,7 +31,6 @@ SMALL = ("floor", "a", "d")
 NAMES = {"floor": "what no method can avoid", "d": "torchyard", "d4": "torchyard, the whole matrix"} | {
     peer.key: peer.name for peer in PEERS.values()
 }
-CELL = "torch2.8.0-cu128-*"
 ROOT = Path(__file__).parents[1]
 STATE_SHARE = 0.1
 """What torchyard's own state may take, as a share of the wheels, beside MARGIN_BYTES."""
@@ -40,8 +39,8 @@ STATE_SHARE = 0.1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench; returns 1 if a contender failed or gave a wrong image, never because one was slow."""
     options = _parser().parse_args(arguments)
-    console = Console()
-    try:
+
+    def work(console: Console) -> tuple[str, bool]:
         if importlib.util.find_spec("matplotlib") is None:  # half an hour later is a bad time to find out
             raise ToolError("matplotlib, which draws the plot, is not installed", tries=("pip install -e '.[dev]'",))
         if options.render:
@@ -49,43 +48,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             results = _run(options, console)
         _write(options.out, results)
-    except TorchyardError as error:
-        console.error(error)
-        return error.exit_code
-    except OSError as error:
-        console.error(ToolError(error.strerror or str(error), where=str(error.filename or "")))
-        return ToolError.exit_code
-    except KeyboardInterrupt:
-        console.say("stopped; contenders that had ended are in results.json and results.md")
-        return InterruptedRunError.exit_code
-    print(report.markdown(results))
-    return int(results.failed)
+        return report.markdown(results), results.failed
+
+    return command.run(work, stopped="stopped; contenders that had ended are in results.json and results.md")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description="Measure torchyard beside the ways people build such images today, on the same wheels and base.",
+    parser = command.parser(
+        "python -m bench",
+        "Measure torchyard beside the ways people build such images today, on the same wheels and base.",
         epilog="floor: what no method can avoid · a: BuildKit + pip · b: BuildKit + uv · c: the same, zstd archive · "
         "d: torchyard, cold · d2: the same cell again · d3: then its neighbour · d4: the whole matrix, cold",
+        contenders=CONTENDERS,
+        texts={
+            "small": f"the CPU cell, contenders {', '.join(SMALL)}: minutes",
+            "repeat": "runs of floor and a to d (default: 1)",
+            "only": "contenders, by comma: floor,d",
+            "neighbour": "for d3 and --upgrade (default: the next torch)",
+            "render": "run nothing: table and plot of a results.json",
+        },
     )
-    parser.add_argument("cell", nargs="?", help=f"id, tag or pattern (default: {CELL}, its stock cuDNN)")
-    parser.add_argument("--small", action="store_true", help=f"the CPU cell, contenders {', '.join(SMALL)}: minutes")
-    parser.add_argument("--out", type=Path, default=Path("build/bench"), metavar="DIR", help="(default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs of floor and a to d (default: 1)")
-    parser.add_argument("--only", type=_keys, metavar="KEYS", help="contenders, by comma: floor,d")
-    parser.add_argument("--neighbour", metavar="CELL", help="for d3 and --upgrade (default: the next torch)")
     parser.add_argument("--upgrade", action="store_true", help="build the neighbour with a, b and c too: what to pull")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="run nothing: table and plot of a results.json")
     return parser
-
-
-def _keys(text: str) -> tuple[str, ...]:
-    asked = [key.strip() for key in text.split(",") if key.strip()]
-    unknown = sorted(set(asked) - set(CONTENDERS))
-    if unknown or not asked:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(CONTENDERS)}")
-    return tuple(key for key in CONTENDERS if key in asked)
 
 
 # --------------------------------------------------------------------------- what is measured
@@ -133,29 +117,6 @@ def _course(options: argparse.Namespace, project: Project) -> Course:
         repeat=options.repeat,
         upgrade=options.upgrade,
     )
-
-
-def chosen(cells: Sequence[Cell], *, small: bool) -> Cell:
-    """Return the cell to measure: for --small the CPU's, else the first that CELL means, else the first."""
-    if small:
-        cells = [cell for cell in cells if cell.cuda == "cpu"]
-        if not cells:
-            raise MatrixError("--small measures a CPU cell, and none was found")
-    prefix = CELL.removesuffix("*")
-    return next((cell for cell in cells if cell.id.startswith(prefix) and cell.cudnn_is_stock), cells[0])
-
-
-def neighbour_of(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
-    """Return the cell with the next torch and all else alike but cuDNN, which torch decides; None if there is none."""
-    alike = [
-        other
-        for other in cells
-        if other.torch > cell.torch
-        and other.cudnn_is_stock
-        and (other.cuda, other.base_name, other.variant_name, other.platform)
-        == (cell.cuda, cell.base_name, cell.variant_name, cell.platform)
-    ]
-    return min(alike, key=lambda other: other.torch, default=None)
 
 
 def _require_wheels(course: Course, store: Store) -> None:
@@ -232,7 +193,7 @@ def _run(options: argparse.Namespace, console: Console) -> Results:
                 continue  # with d
             console.say(f"{key}: {NAMES[key]}")
             contender = functools.partial(_contender, key, course, buildkit, torchyard, results)
-            entries = _measured(key, contender)
+            entries = command.measured(functools.partial(_failed, key), contender)
             results = replace(results, entries=(*results.entries, *entries))
             _write(options.out, results, plot=False)
             for entry in entries:
@@ -240,13 +201,8 @@ def _run(options: argparse.Namespace, console: Console) -> Results:
     return results
 
 
-def _measured(key: str, contender: Callable[[], list[Entry]]) -> list[Entry]:
-    """Measure; one contender that fails does not stop the others."""
-    try:
-        return contender()
-    except TorchyardError as error:
-        reasons = [f"{problem.what}: {problem.why}".removesuffix(": ") for problem in error.problems]
-        return [Entry(key=key, name=NAMES[key], failure="; ".join(reasons))]
+def _failed(key: str, why: str) -> Entry:
+    return Entry(key=key, name=NAMES[key], failure=why)
 
 
 def _contender(key: str, course: Course, buildkit: Buildkit, torchyard: Torchyard, so_far: Results) -> list[Entry]:

@@ -17,39 +17,38 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from bench import containers, machine
-from bench.__main__ import chosen, neighbour_of
+from bench import command, containers, machine
+from bench.command import chosen, neighbour_of
 from bench.process import Spent, shown, timed
 from bench.registries import DockerRegistry, KeepingSink, Server, Sink
-from bench.report import X, shown_gb, shown_seconds, shown_times, table
-from bench.results import pulled, ratio
+from bench.report import X, failures, page, script, shown_gb, shown_seconds, shown_times, table
+from bench.results import Measured, Run, pulled, ratio, read
 from builder import build as builds
-from builder import export
+from builder import cosign, export, gate
 from builder.console import Console
 from builder.engines.docker import DockerEngine
 from builder.engines.oci import OciEngine, recipe
-from builder.errors import CellFailedError, ImpossibleError, InterruptedRunError, MatrixError, ToolError, TorchyardError
+from builder.errors import CellFailedError, ImpossibleError, MatrixError
 from builder.fetching import PARALLEL
+from builder.gate import Verdict
 from builder.layout import Descriptor, Image
 from builder.matrix import Cell
 from builder.project import Project
 from builder.store import Store, write_atomically
 
-SCHEMA = 1
 ROOT = Path(__file__).parents[1]
 REPOSITORY = "bench/torchyard"
 NAMES = {
@@ -59,118 +58,75 @@ NAMES = {
     "push": "torchyard → docker-registry",
     "again": "… the same image again",
     "next": "… then its neighbour",
+    "evidence": "… an unchanged image, with signed evidence",
     "skopeo": "skopeo copy → docker-registry",
     "docker": "docker push → docker-registry",
 }
+AFTER_PUSH = ("again", "next", "evidence")
+"""What goes on from the registry that push leaves."""
 AGAIN = 5
 """How often an unchanged image is pushed again."""
 MARGIN_BYTES = 15 << 30
 """What has to stay free: other programs of the machine need room, too."""
 _LAYOUT_TAG = "bench:push"
+_PASSWORD = "bench"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sent:
-    """What one contender took; what was not measured is None."""
+class Sent(Measured):
+    """What one contender took to bring the image there; what was not measured is None."""
 
-    key: str
-    name: str
-    seconds: tuple[float, ...] = ()
     bytes_received: int | None = None
     """By the other side's count: of blobs, by what it read if it is a sink, else by what it stored."""
     requests: Mapping[str, int] = field(default_factory=dict)
-    cpu_seconds: float | None = None
-    """The sender's."""
     registry_cpu_seconds: float | None = None
-    peak_bytes: int | None = None
     prepared_seconds: float | None = None
     """What had to be done before, and is not in `seconds`."""
     prepared: str = ""
-    commands: tuple[str, ...] = ()
-    failure: str = ""
-
-    @property
-    def median(self) -> float | None:
-        """Of several runs the middle one."""
-        return statistics.median(self.seconds) if self.seconds else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
-    """One run: where, of which image, and what each contender took."""
+class Results(Run[Sent]):
+    """One run of the pushes."""
 
-    schema: int = SCHEMA
-    started: str
-    cell: str
-    neighbour: str | None
-    repeat: int
     blobs: int
     image_bytes: int
     """Layers and configuration."""
     new_bytes: int | None
     """Of the neighbour's layers that the image lacks, and its configuration."""
-    machine: Mapping[str, str] = field(default_factory=dict)
-    tools: Mapping[str, str] = field(default_factory=dict)
     entries: tuple[Sent, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def entry(self, key: str) -> Sent | None:
-        """Return a contender's entry if it took part and has a time."""
-        return next((entry for entry in self.entries if entry.key == key and entry.seconds), None)
-
-    @property
-    def failed(self) -> bool:
-        """Whether a contender failed."""
-        return any(entry.failure for entry in self.entries)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the bench; returns 1 if a contender failed, never because one was slow."""
     options = _parser().parse_args(arguments)
-    console = Console()
-    try:
+
+    def work(console: Console) -> tuple[str, bool]:
         if options.render:
             results = loads(options.render.read_text("utf-8"), where=str(options.render))
         else:
             results = _run(options, console)
         _write(options.out, results)
-    except TorchyardError as error:
-        console.error(error)
-        return error.exit_code
-    except OSError as error:
-        console.error(ToolError(error.strerror or str(error), where=str(error.filename or "")))
-        return ToolError.exit_code
-    except KeyboardInterrupt:
-        console.say("stopped; the rounds that had ended are in push.json and push.md")
-        return InterruptedRunError.exit_code
-    print(markdown(results))
-    return int(results.failed)
+        return markdown(results), results.failed
+
+    return command.run(work, stopped="stopped; the rounds that had ended are in push.json and push.md")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.push",
-        description="Measure how long an image takes from the store to a registry on this machine.",
+    return command.parser(
+        "python -m bench.push",
+        "Measure how long an image takes from the store to a registry on this machine. A proven image is pushed with "
+        "its evidence as well: for that its cell has to have been validated, and cosign 3 to be installed.",
         epilog=" · ".join(f"{key}: {name}" for key, name in NAMES.items()),
+        contenders=tuple(NAMES),
+        texts={
+            "small": "the CPU cell: a minute",
+            "repeat": "rounds (default: 1)",
+            "only": f"by comma: copy,push,again; {', '.join(AFTER_PUSH)} go on from push (default: all)",
+            "neighbour": "for next (default: the next torch)",
+            "render": "run nothing: the table of a push.json",
+        },
     )
-    parser.add_argument("cell", nargs="?", help="id, tag or pattern (default: torch 2.8.0 on CUDA 12.8)")
-    parser.add_argument("--small", action="store_true", help="the CPU cell: a minute")
-    parser.add_argument("--out", type=Path, default=Path("build/bench"), metavar="DIR", help="(default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="rounds (default: 1)")
-    parser.add_argument("--only", type=_keys, default=tuple(NAMES), metavar="KEYS", help="by comma: copy,push,again")
-    parser.add_argument("--neighbour", metavar="CELL", help="for next (default: the next torch)")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="run nothing: the table of a push.json")
-    return parser
-
-
-def _keys(text: str) -> tuple[str, ...]:
-    asked = [key.strip() for key in text.split(",") if key.strip()]
-    unknown = sorted(set(asked) - set(NAMES))
-    if unknown or not asked:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'}: choose from {', '.join(NAMES)}")
-    if {"again", "next"} & set(asked) and "push" not in asked:
-        raise argparse.ArgumentTypeError("again and next go on from push: name it as well")
-    return tuple(key for key in NAMES if key in asked)
 
 
 # --------------------------------------------------------------------------- the run
@@ -206,6 +162,11 @@ class Course:
         """A store with hard links to all of the user's, but for what it knows of pushes and verdicts."""
         return self.work / "state"
 
+    @property
+    def key(self) -> Path:
+        """With what the evidence is signed."""
+        return self.work / "bench.key"
+
     def sources(self, *images: Image) -> list[Path]:
         """Return the files of the store that the images' blobs are made of."""
         found: dict[str, None] = {}
@@ -218,15 +179,21 @@ class Course:
 def _run(options: argparse.Namespace, console: Console) -> Results:
     if options.repeat < 1:
         raise MatrixError("--repeat counts rounds: at least 1")
+    keys: tuple[str, ...] = options.only or tuple(NAMES)
+    if set(AFTER_PUSH) & set(keys) and "push" not in keys:
+        raise MatrixError(f"{', '.join(AFTER_PUSH)} go on from push", tries=("name push in --only as well",))
     project, store = Project(ROOT / "matrix.yaml"), Store.open()
     cell = chosen(project.select([options.cell]) if options.cell else project.cells, small=options.small)
     beside: Cell | None = None
-    if "next" in options.only:
+    if "next" in keys:
         beside = project.select([options.neighbour])[0] if options.neighbour else neighbour_of(cell, project.cells)
     image = _image(project, store, cell)
+    if "evidence" in keys:
+        cosign.require()
+        _verdicts(store, cell, image)
     neighbour = (beside, _image(project, store, beside)) if beside else None
     engine = DockerEngine()
-    if "docker" in options.only:
+    if "docker" in keys:
         engine.check()
     size = sum(blob.size for blob in _unique(image))
     results = Results(
@@ -237,14 +204,12 @@ def _run(options: argparse.Namespace, console: Console) -> Results:
         blobs=len(_unique(image)),
         image_bytes=size,
         new_bytes=_new(image, neighbour[1]) if neighbour else None,
-        machine=machine.describe(store=store.root, engine=engine.disk if "docker" in options.only else None),
+        machine=machine.describe(store=store.root, engine=engine.disk if "docker" in keys else None),
         tools=_tools(),
-        entries=tuple(Sent(key=key, name=NAMES[key]) for key in options.only if key != "next" or beside),
+        entries=tuple(Sent(key=key, name=NAMES[key]) for key in keys if key != "next" or beside),
     )
     with store.scratch("bench-push") as work:
-        course = Course(
-            keys=options.only, cell=cell, image=image, neighbour=neighbour, store=store, work=work
-        )  # fmt: skip
+        course = Course(keys=keys, cell=cell, image=image, neighbour=neighbour, store=store, work=work)
         containers.require(work, MARGIN_BYTES + 2 * size, "push to registries of this machine", patience_s=0)
         _clone(store, course.state)
         exported = None
@@ -257,10 +222,11 @@ def _run(options: argparse.Namespace, console: Console) -> Results:
         for number in range(options.repeat):
             for key in course.keys:
                 last = number == options.repeat - 1
-                if key in ("again", "next") or (key == "docker" and not last):
+                if key in AFTER_PUSH or (key == "docker" and not last):
                     continue  # with push; and loading an image takes longer than all else together
                 console.say(f"{number + 1}/{options.repeat} {NAMES[key]}")
-                found = _measured(key, functools.partial(_contender, key, course, engine, last=last))
+                contender = functools.partial(_contender, key, course, engine, last=last)
+                found = command.measured(functools.partial(_failed, key), contender)
                 results = replace(results, entries=_with(results.entries, found, exported))
                 _write(options.out, results)
                 for one in found:
@@ -297,13 +263,19 @@ def _clone(store: Store, state: Path) -> None:
     )  # fmt: skip
 
 
-def _measured(key: str, contender: Callable[[], list[Sent]]) -> list[Sent]:
-    """Measure; one contender that fails does not stop the others."""
+def _verdicts(store: Store, cell: Cell, image: Image) -> tuple[Verdict, ...]:
+    """Return on whose word the image may be published as a proven one; raises ImpossibleError if on nobody's."""
     try:
-        return contender()
-    except TorchyardError as error:
-        reasons = [f"{problem.what}: {problem.why}".removesuffix(": ") for problem in error.problems]
-        return [Sent(key=key, name=NAMES[key], failure="; ".join(reasons))]
+        return gate.require(store, image.manifest.digest, name=cell.id)
+    except CellFailedError as error:
+        raise ImpossibleError(
+            f"{cell.id} has no passing verdict, and so there is no evidence to push", where=image.manifest.digest,
+            why=error.problems[0].why, tries=(f"torchyard validate {cell.id}", "leave evidence out of --only"),
+        ) from error  # fmt: skip
+
+
+def _failed(key: str, why: str) -> Sent:
+    return Sent(key=key, name=NAMES[key], failure=why)
 
 
 def _with(entries: Sequence[Sent], found: Iterable[Sent], exported: float | None) -> tuple[Sent, ...]:
@@ -385,24 +357,40 @@ def _pushes(course: Course, server: DockerRegistry, *, last: bool) -> list[Sent]
         found.append(replace(runs[-1], seconds=tuple(one.seconds[0] for one in runs)))
     if last and "next" in course.keys and course.neighbour is not None:
         found.append(_push("next", course, server, *course.neighbour))
+    if last and "evidence" in course.keys:
+        found += command.measured(functools.partial(_failed, "evidence"), lambda: [_evidence(course, server)])
     return found
 
 
-def _push(key: str, course: Course, server: Server, cell: Cell, image: Image) -> Sent:
-    """Push by the command line as a program of its own; the image is marked as unproven, which changes no layer."""
-    machine.settle(course.sources(image))
-    argv = [
-        sys.executable,
-        "-m",
-        "builder",
-        "push",
-        cell.id,
-        "--to",
-        f"{server.host}/{REPOSITORY}",
-        "--unproven",
-        "--json",
+def _evidence(course: Course, server: Server) -> Sent:
+    """Push the image as the proven one that it is, with a key made for it, and then unchanged again."""
+    state = Store.open(course.state)
+    for verdict in _verdicts(course.store, course.cell, course.image):
+        gate.keep(state, course.image.manifest.digest, verdict.report)
+    timed(
+        ["cosign", "generate-key-pair", "--output-key-prefix", course.key.with_suffix("")],
+        what="make a key", env={**os.environ, "COSIGN_PASSWORD": _PASSWORD},
+    )  # fmt: skip
+    first, *runs = [
+        _push("evidence", course, server, course.cell, course.image, key_path=course.key) for _ in range(1 + AGAIN)
     ]
-    environment = {**os.environ, "TORCHYARD_HOME": str(course.state)}
+    return replace(
+        runs[-1],
+        seconds=tuple(one.seconds[0] for one in runs),
+        prepared_seconds=first.seconds[0],
+        prepared=runs[-1].commands[0],
+    )
+
+
+def _push(key: str, course: Course, server: Server, cell: Cell, image: Image, *, key_path: Path | None = None) -> Sent:
+    """Push by the command line as a program of its own: unsigned and marked as unproven, or signed with a key.
+
+    The mark changes no layer.
+    """
+    machine.settle(course.sources(image))
+    how = ["--unproven"] if key_path is None else ["--key", str(key_path)]
+    argv = [sys.executable, "-m", "builder", "push", cell.id, "--to", f"{server.host}/{REPOSITORY}", *how, "--json"]
+    environment = {**os.environ, "TORCHYARD_HOME": str(course.state), "COSIGN_PASSWORD": _PASSWORD}
     with _Counted(server) as counted:
         spent = timed(argv, what=f"push {cell.id}", env=environment, cwd=ROOT)
     (document,) = json.loads(spent.out)
@@ -410,7 +398,8 @@ def _push(key: str, course: Course, server: Server, cell: Cell, image: Image) ->
         raise CellFailedError(f"the registry does not have {document['digest']}")
     if isinstance(server, Sink) and counted.received != document["bytes_sent"]:
         raise CellFailedError(f"{counted.received} bytes came, torchyard says {document['bytes_sent']}")
-    return counted.sent(key, spent, shown(["python", *argv[1:]], places={Path(server.host): "$REGISTRY"}))
+    places = {Path(server.host): "$REGISTRY", course.key: "$KEY"}
+    return counted.sent(key, spent, shown(["python", *argv[1:]], places=places))
 
 
 def _skopeo(course: Course, server: DockerRegistry) -> Sent:
@@ -493,19 +482,20 @@ class _Counted:
 
 
 def _tools() -> dict[str, str]:
-    def said(*argv: str) -> str:
+    def said(pattern: str, *argv: str) -> str:
         try:
             done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30)
         except OSError:
             return "none"
-        return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else "none"
+        found = re.search(pattern, done.stdout, re.MULTILINE)
+        return found[1] if done.returncode == 0 and found else "none"
 
-    found = re.search(r"(\d[\w.+~-]*)\s*$", said("docker-registry", "--version"))
     general = machine.tools(ROOT)
     return {
         **{name: general[name] for name in ("torchyard", "Python", "Docker Engine")},
-        "docker-registry": found[1] if found else "none",
-        "skopeo": said("skopeo", "--version").removeprefix("skopeo version "),
+        "docker-registry": said(r"(\d[\w.+~-]*)\s*$", "docker-registry", "--version"),
+        "skopeo": said(r"^skopeo version (.+)$", "skopeo", "--version"),
+        "cosign": said(r"^GitVersion:\s*(\S+)$", "cosign", "version"),
     }
 
 
@@ -514,22 +504,18 @@ def _tools() -> dict[str, str]:
 
 def markdown(results: Results) -> str:
     """Return the whole report."""
-    parts = [
-        f"# Pushing {results.cell}",
-        _introduction(results),
-        *(f"**failed** · {entry.name}: {entry.failure}" for entry in results.entries if entry.failure),
-        table(_COLUMNS, _rows(results)),
-        "## In words",
-        "\n".join(f"- {line}" for line in findings(results)),
-        "## Machine",
-        table(("", ""), [(name.replace("_", " "), value) for name, value in results.machine.items()]),
-        "## Tools",
-        table(("", ""), list(results.tools.items())),
-        "## Commands",
-        "`$REGISTRY` is a host and port of this machine, `$LAYOUT` the image as an OCI layout on the store's disk.",
-        *(_commands(entry) for entry in results.entries if entry.commands),
-    ]
-    return "\n\n".join(parts) + "\n"
+    places = (
+        "`$REGISTRY` is a host and port of this machine, `$LAYOUT` the image as an OCI layout on the store's disk, "
+        "`$KEY` a key made for the run."
+    )
+    return page(
+        f"Pushing {results.cell}",
+        [_introduction(results), *failures(results), table(_COLUMNS, _rows(results))],
+        words=findings(results),
+        machine=results.machine,
+        tools=results.tools.items(),
+        commands=[places, *(_commands(entry) for entry in results.entries if entry.commands)],
+    )
 
 
 _COLUMNS = (
@@ -576,13 +562,15 @@ def _introduction(results: Results) -> str:
 def findings(results: Results) -> list[str]:
     """Return what follows from the figures, in words."""
     lines = []
-    again, beside, mine = results.entry("again"), results.entry("next"), results.entry("push")
-    if again is not None and again.median is not None:
-        least = min(again.seconds)
-        asked = ", ".join(f"{count} {method}" for method, count in sorted(again.requests.items()))
+    beside, mine = results.entry("next"), results.entry("push")
+    for key, what in (("again", "An unchanged image"), ("evidence", "An unchanged image with its evidence")):
+        found = results.entry(key)
+        if found is None:
+            continue
+        asked = ", ".join(f"{count} {method}" for method, count in sorted(found.requests.items()))
         lines.append(
-            f"An unchanged image: {asked}, nothing else; {again.median:.2f} s, the median of {len(again.seconds)} "
-            f"(fastest {least:.2f} s), the program's start included."
+            f"{what}: {asked}, nothing else; {found.median:.2f} s, the median of {len(found.seconds)} (fastest "
+            f"{min(found.seconds):.2f} s), the program's start included."
         )
     if beside is not None and results.new_bytes:
         lines.append(
@@ -606,8 +594,8 @@ def findings(results: Results) -> list[str]:
 
 
 def _commands(entry: Sent) -> str:
-    before = f"{entry.prepared}  # before it\n" if entry.prepared else ""
-    return f"### {entry.name}\n\n```sh\n{before}" + "\n".join(entry.commands) + "\n```"
+    before = [f"{entry.prepared}  # before it"] if entry.prepared else []
+    return script(entry.name, [*before, *entry.commands])
 
 
 def dumps(results: Results) -> str:
@@ -620,13 +608,7 @@ def dumps(results: Results) -> str:
 
 def loads(text: str, *, where: str = "") -> Results:
     """Read results back; raises MatrixError if they are none."""
-    try:
-        found = _ADAPTER.validate_json(text)
-    except ValidationError as error:
-        raise MatrixError("not the results of a bench", where=where, why=str(error).splitlines()[0]) from None
-    if found.schema != SCHEMA:
-        raise MatrixError("results of another version of the bench", where=where, why=f"schema {found.schema}")
-    return found
+    return read(_ADAPTER, text, where=where)
 
 
 _ADAPTER = TypeAdapter(Results)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from bench.results import Entry, Results, ratio
+from bench.results import Entry, Results, Run, ratio
 
 BUILD, LOAD, RUN = "#c2410c", "#f59e0b", "#fcd34d"
 PEER, PEER_LOAD, PEER_RUN = "#475569", "#94a3b8", "#cbd5e1"
@@ -28,26 +29,52 @@ Row = tuple[str, ...]
 
 def markdown(results: Results) -> str:
     """Return the whole report."""
-    parts = [
-        f"# {results.cell}",
-        _introduction(results),
-        *(f"**failed** · {entry.name}: {entry.failure}" for entry in results.entries if entry.failure),
-        table(_CONTENDERS, contenders(results)),
-    ]
+    parts = [_introduction(results), *failures(results), table(_CONTENDERS, contenders(results))]
     if rows := own(results):
         parts += ["## torchyard, after the first cell", table(_OWN, rows)]
-    parts += [
+    return page(
+        results.cell,
+        parts,
+        words=findings(results),
+        machine=results.machine,
+        tools=[*results.tools.items(), *(("pip", entry.pip) for entry in results.entries if entry.pip)],
+        commands=[_PLACES, *(_commands(results, entry) for entry in results.entries if entry.commands)],
+    )
+
+
+def failures(results: Run[Any]) -> list[str]:
+    """Return a line for each contender that failed."""
+    return [f"**failed** · {entry.name}: {entry.failure}" for entry in results.entries if entry.failure]
+
+
+def page(
+    title: str,
+    parts: Iterable[str],
+    *,
+    words: Iterable[str],
+    machine: Mapping[str, str],
+    tools: Iterable[tuple[str, str]],
+    commands: Iterable[str],
+) -> str:
+    """Return a report: what is its own, and then what each has, in words, where, with what, by which commands."""
+    sections = [
+        f"# {title}",
+        *parts,
         "## In words",
-        "\n".join(f"- {line}" for line in findings(results)),
+        "\n".join(f"- {line}" for line in words),
         "## Machine",
-        table(("", ""), [(name.replace("_", " "), value) for name, value in results.machine.items()]),
+        table(("", ""), [(name.replace("_", " "), value) for name, value in machine.items()]),
         "## Tools",
-        table(("", ""), [*results.tools.items(), *(("pip", entry.pip) for entry in results.entries if entry.pip)]),
+        table(("", ""), list(tools)),
         "## Commands",
-        _PLACES,
-        *(_commands(results, entry) for entry in results.entries if entry.commands),
+        *commands,
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
+
+
+def script(name: str, lines: Iterable[str]) -> str:
+    """Return what one contender ran."""
+    return f"### {name}\n\n```sh\n" + "\n".join(lines) + "\n```"
 
 
 _CONTENDERS = (
@@ -139,7 +166,7 @@ def _introduction(results: Results) -> str:
 
 
 def _commands(results: Results, entry: Entry) -> str:
-    text = f"### {entry.name}\n\n```sh\n" + "\n".join(entry.commands) + "\n```"
+    text = script(entry.name, entry.commands)
     if entry.key in results.files:
         text += f"\n\n```dockerfile\n{results.files[entry.key].rstrip()}\n```"
     return text

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -17,20 +17,74 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class Measured:
     """What one contender took; what was not measured is None."""
 
     key: str
     name: str
     seconds: tuple[float, ...] = ()
-    """Of each run, from local wheels to the complete image."""
+    """Of each run."""
+    cpu_seconds: float | None = None
+    peak_bytes: int | None = None
+    """Resident memory of all its processes at once, at most; a contender that works in a daemon has none."""
+    commands: tuple[str, ...] = ()
+    failure: str = ""
+
+    @property
+    def median(self) -> float | None:
+        """Seconds, of several runs the middle one."""
+        return statistics.median(self.seconds) if self.seconds else None
+
+
+M = TypeVar("M", bound=Measured)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Generic[M]):
+    """One run: where, with what, and what each contender took."""
+
+    schema: int = SCHEMA
+    started: str
+    cell: str
+    neighbour: str | None
+    repeat: int
+    machine: Mapping[str, str] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
+    entries: tuple[M, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def entry(self, key: str) -> M | None:
+        """Return a contender's entry if it took part and has a time."""
+        return next((entry for entry in self.entries if entry.key == key and entry.seconds), None)
+
+    @property
+    def failed(self) -> bool:
+        """Whether any contender failed, or gave something else than it should."""
+        return any(entry.failure for entry in self.entries)
+
+
+R = TypeVar("R", bound=Run[Any])
+
+
+def read(adapter: TypeAdapter[R], text: str, *, where: str) -> R:
+    """Read results back; raises MatrixError if they are none."""
+    try:
+        found = adapter.validate_json(text)
+    except ValidationError as error:
+        raise MatrixError("not the results of a bench", where=where, why=str(error).splitlines()[0]) from None
+    if found.schema != SCHEMA:
+        raise MatrixError("results of another version of the bench", where=where, why=f"schema {found.schema}")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry(Measured):
+    """What one contender took from local wheels to the complete image."""
+
     wheel_bytes: int = 0
     """Of the wheels that had to be worked through; for a neighbour those that the first cell did not have."""
     floor_seconds: float | None = None
     """What the floor took for these same wheels."""
-    cpu_seconds: float | None = None
-    peak_bytes: int | None = None
-    """Resident memory of all its processes at once, at most; a contender that works in a daemon has none."""
     image_bytes: int | None = None
     """Compressed: manifest, configuration and layers."""
     state_bytes: int | None = None
@@ -46,13 +100,6 @@ class Entry:
     """Of layers that a node with this contender's image of the cell lacks for that of the neighbour."""
     pip: str = ""
     """Version of the image's own pip, if that did the work."""
-    commands: tuple[str, ...] = ()
-    failure: str = ""
-
-    @property
-    def median(self) -> float | None:
-        """Seconds from wheels to image, of several runs the middle one."""
-        return statistics.median(self.seconds) if self.seconds else None
 
     @property
     def import_warm(self) -> float | None:
@@ -68,33 +115,16 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
-    """One run: where, with what, and what each contender took."""
+class Results(Run[Entry]):
+    """One run of the builds."""
 
-    schema: int = SCHEMA
-    started: str
-    cell: str
-    neighbour: str | None
-    repeat: int
     wheels: int
     wheel_bytes: int
     matrix_wheel_bytes: tuple[int, int] | None = None
     """Of the whole matrix: every wheel once, and every cell's wheels added up."""
-    machine: Mapping[str, str] = field(default_factory=dict)
-    tools: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     """The Dockerfiles of the peers, by contender."""
     entries: tuple[Entry, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def entry(self, key: str) -> Entry | None:
-        """Return a contender's entry if it took part and has a time."""
-        return next((entry for entry in self.entries if entry.key == key and entry.seconds), None)
-
-    @property
-    def failed(self) -> bool:
-        """Whether any contender failed, or gave an image that is not what the cell declares."""
-        return any(entry.failure for entry in self.entries)
 
     @property
     def once(self) -> float | None:
@@ -136,13 +166,7 @@ def dumps(results: Results) -> str:
 
 def loads(text: str, *, where: str = "") -> Results:
     """Read results back; raises MatrixError if they are none."""
-    try:
-        found = _ADAPTER.validate_json(text)
-    except ValidationError as error:
-        raise MatrixError("not the results of a bench", where=where, why=str(error).splitlines()[0]) from None
-    if found.schema != SCHEMA:
-        raise MatrixError("results of another version of the bench", where=where, why=f"schema {found.schema}")
-    return found
+    return read(_ADAPTER, text, where=where)
 
 
 _ADAPTER = TypeAdapter(Results)

@@ -1,14 +1,15 @@
 """What is said of an image, beside it in its repository: made from what is known here, signed, attached, found again.
 
 Attached is each thing once: the bill of materials as a document that scanners know, and each statement, signed if there
-is a key. A statement has an identity besides its bytes, because the same thing is signed differently each time.
+is a key. The same thing is signed differently each time, so what counts is what a statement says, and whose it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from builder.gate import Verdict
 from builder.journal import Journal
 from builder.layout import Descriptor, canonical_json
 from builder.project import Project
+from builder.provenance import Made
 from builder.referrers import Artifact, Referrer
 from builder.render import Plan
 from builder.report import Report, Status, dumps
@@ -31,8 +33,6 @@ from builder.upload import Target
 BILL = "application/vnd.cyclonedx+json"
 """Media type of a bill of materials, under which scanners look for it."""
 VEX_MAX = 8 << 20
-_IDENTITY = "torchyard.identity"
-"""Annotation: what was said, whoever signed it and however often."""
 # As cosign annotates what it attaches; `cosign verify-attestation` looks at the second.
 _CONTENT, _PREDICATE = "dev.sigstore.bundle.content", "dev.sigstore.bundle.predicateType"
 _PLAIN_PREDICATE = "in-toto.io/predicate-type"
@@ -44,19 +44,15 @@ class Attestation:
 
     statement: Statement
     identity: str
-    """Hex digest of what counts in it: a statement with the same one need not be made again."""
+    """Hex digest of what counts in it: one with the same identity need not be made again."""
 
     def artifact(self, signer: Signer | None) -> Artifact:
         """Return it as it is attached, signed if there is a signer."""
         content = self.statement.dumps()
         if signer is None:
-            annotations = {_PLAIN_PREDICATE: self.statement.predicate_type, _IDENTITY: self.identity}
+            annotations = {_PLAIN_PREDICATE: self.statement.predicate_type}
             return Artifact(artifact_type=statements.MEDIA_TYPE, content=content, annotations=annotations)
-        annotations = {
-            _CONTENT: "dsse-envelope",
-            _PREDICATE: self.statement.predicate_type,
-            _IDENTITY: self.identity,
-        }
+        annotations = {_CONTENT: "dsse-envelope", _PREDICATE: self.statement.predicate_type}
         return Artifact(artifact_type=cosign.BUNDLE, content=signer.sign(content), annotations=annotations)
 
 
@@ -68,6 +64,9 @@ class Found:
     """Digest of what ties it to the image."""
     statement: Statement
     identity: str
+    """As that of what is to be attached; found by reading it."""
+    sha256: str
+    """In hex, of all of it."""
     bundle: bytes | None
     """The signed form; None if nobody signed it."""
 
@@ -109,28 +108,36 @@ def attestations(
     `bill` is the bill of materials and `vex` an OpenVEX document; raises MatrixError if that is none.
     """
     name = plan.cell.id
-    made = provenance.statement(project, plan, digest, builder=builder)
     about = [
-        # The matrix may have changed elsewhere since: the image's own inputs count.
-        Attestation(statement=made, identity=_hash(["provenance", plan.digest, builder])),
-        _by_content(Statement(digest=digest, name=name, predicate_type=Predicate.BILL, predicate=_object(bill))),
+        _attestation(provenance.statement(project, plan, digest, builder=builder)),
+        _attestation(Statement(digest=digest, name=name, predicate_type=Predicate.BILL, predicate=_object(bill))),
     ]
     reports = {dumps(verdict.report): verdict.report for verdict in verdicts}  # one may speak for two tiers
     about += [
-        _by_content(Statement(digest=digest, name=name, predicate_type=Predicate.VERDICT, predicate=_result(report)))
+        _attestation(Statement(digest=digest, name=name, predicate_type=Predicate.VERDICT, predicate=_result(report)))
         for report in reports.values()
     ]
     if vex is not None:
         predicate = _openvex(vex)
         about.append(
-            _by_content(Statement(digest=digest, name=name, predicate_type=Predicate.VEX, predicate=predicate))
+            _attestation(Statement(digest=digest, name=name, predicate_type=Predicate.VEX, predicate=predicate))
         )
     signature = Statement(digest=digest, predicate_type=Predicate.SIGNATURE, predicate={})
-    return (*about, _by_content(signature))
+    return (*about, _attestation(signature))
 
 
-def _by_content(made: Statement) -> Attestation:
-    return Attestation(statement=made, identity=hashlib.sha256(made.dumps()).hexdigest())
+def _attestation(made: Statement) -> Attestation:
+    return Attestation(statement=made, identity=_identity(made, made.dumps()))
+
+
+def _identity(statement: Statement, content: bytes) -> str:
+    """Return the hex digest of what counts in a statement with this content."""
+    if statement.predicate_type == Predicate.PROVENANCE:
+        # The matrix may have changed elsewhere since: the image's own inputs count.
+        with contextlib.suppress(MatrixError):
+            made = Made.read(statement, where="")
+            return _hash(["provenance", made.plan, made.builder])
+    return hashlib.sha256(content).hexdigest()
 
 
 def _hash(content: object) -> str:
@@ -227,10 +234,12 @@ def _content(target: Target, referrer: Referrer) -> bytes | None:
 def _found(referrer: Referrer, content: bytes, digest: str, where: str) -> Found:
     is_signed = referrer.artifact_type == cosign.BUNDLE
     payload = cosign.payload(content, where=where) if is_signed else content
+    statement = Statement.loads(payload, digest=digest, where=where)
     return Found(
         referrer=referrer.digest,
-        statement=Statement.loads(payload, digest=digest, where=where),
-        identity=referrer.annotations.get(_IDENTITY, ""),
+        statement=statement,
+        identity=_identity(statement, payload),
+        sha256=hashlib.sha256(payload).hexdigest(),
         bundle=content if is_signed else None,
     )
 
@@ -241,28 +250,24 @@ def attach(
     about: Sequence[Attestation],
     *,
     bill: bytes,
-    check: Callable[[], None],
     signer: Signer | None,
     journal: Journal,
 ) -> int:
     """Attach what is not beside the image yet, and make sure that it is; returns how much was attached.
 
-    `check` compares the bill of materials with the image, which takes seconds: a bill that is there was checked before
-    it came there. Raises what it raises; SourceError if the registry breaks off or does not give something back,
-    ToolError if it cannot be signed. May be repeated: nothing is signed or attached twice.
+    Raises SourceError if the registry breaks off or does not give something back, ToolError if it cannot be signed. May
+    be repeated: nothing is signed or attached twice.
     """
-    public_key = signer.public_key() if signer is not None else ""
     there = beside(target, subject.digest)
     wanted = [one for one in about if signer is not None or one.statement.predicate_type != Predicate.SIGNATURE]
     # All are signed before one is attached: a key that does not open leaves nothing behind.
     artifacts = []
     if bill not in there.bills:
-        check()
         artifacts.append(Artifact(artifact_type=BILL, content=bill))
     artifacts += [
         one.artifact(signer)
         for one in wanted
-        if not any(_serves(found, one, signer, public_key, journal) for found in there.statements)
+        if not any(_serves(found, one, signer, journal) for found in there.statements)
     ]
     for artifact in artifacts:
         journal.note_attached(referrers.attach(target, subject, artifact))
@@ -271,15 +276,25 @@ def attach(
     return len(artifacts)
 
 
-def _serves(found: Found, wanted: Attestation, signer: Signer | None, public_key: str, journal: Journal) -> bool:
-    """Tell whether a statement that is there makes another superfluous: same content, and ours if it has to be signed.
+def _serves(found: Found, wanted: Attestation, signer: Signer | None, journal: Journal) -> bool:
+    """Tell whether a statement that is there makes another superfluous: it says the same, and is ours if that is asked.
 
-    Whose a signature is, only cosign knows: one that this store did not see attached is made again.
+    Whose a signature is, only cosign knows. It is asked once about what this store did not see signed; a keyless
+    signature names whoever was asked for then, so that such a statement is made again.
     """
-    is_ours = found.identity == wanted.identity and journal.has_attached(found.referrer)
-    if signer is None:
-        return found.bundle is None and (is_ours or found.statement == wanted.statement)
-    return is_ours and found.bundle is not None and (not public_key or cosign.is_by(found.bundle, public_key))
+    if found.identity != wanted.identity or (found.bundle is None) is not (signer is None):
+        return False
+    if signer is None or found.bundle is None:
+        # What nobody signed may be a stranger's, who says something else where it does not count.
+        is_same = found.sha256 == hashlib.sha256(wanted.statement.dumps()).hexdigest()
+        return is_same or journal.has_attached(found.referrer)
+    if journal.has_attached(found.referrer):
+        return not signer.key or cosign.is_by(found.bundle, signer.public_key())
+    statement = found.statement
+    if not signer.has_signed(found.bundle, digest=statement.digest, predicate_type=statement.predicate_type):
+        return False
+    journal.note_attached(found.referrer)
+    return True
 
 
 def _require(target: Target, subject: Descriptor, wanted: Sequence[Attestation], *, bill: bytes, signed: bool) -> None:

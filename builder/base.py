@@ -40,6 +40,7 @@ __all__ = [
     "loads",
     "lock",
     "make",
+    "place",
 ]
 
 # Raise it with every change of what `make` puts into an image: it is part of the cache's key.
@@ -174,9 +175,11 @@ def make(lock: BaseLock, store: Store, progress: Progress | None = None, system:
     if system is None:
         directory, image = _bottom(lock, store, report)
     else:
-        key = {"lock": lock.digest, "system": system.digest, "recipe": RECIPE}
         directory, image = _once(
-            key, lock, store, lambda scratch, held: _extend(lock, system, store, scratch, report, descriptor=held)
+            place(lock, store, system),
+            lock,
+            store,
+            lambda scratch, held: _extend(lock, system, store, scratch, report, descriptor=held),
         )
     bottom, *top = image.layers
     return BaseImage(
@@ -193,22 +196,28 @@ def make(lock: BaseLock, store: Store, progress: Progress | None = None, system:
 
 def _bottom(lock: BaseLock, store: Store, progress: Progress) -> tuple[Path, layout.Image]:
     """Return the layout of the base alone, and its image."""
-    key = {"lock": lock.digest, "recipe": RECIPE}
-    return _once(key, lock, store, lambda scratch, held: _make(lock, store, scratch, progress, descriptor=held))
+    return _once(
+        place(lock, store), lock, store, lambda scratch, held: _make(lock, store, scratch, progress, descriptor=held)
+    )
+
+
+def place(lock: BaseLock, store: Store, system: BaseLock | None = None) -> Path:
+    """Return where the layout of a base lies, or would, with what `system` lays on it."""
+    key = {"lock": lock.digest, "recipe": RECIPE} | ({} if system is None else {"system": system.digest})
+    digest = hashlib.sha256(layout.canonical_json(key)).hexdigest()[:16]
+    return store.root / "layouts" / f"base-{lock.name}-{digest}"
 
 
 def _once(
-    key: Mapping[str, object], lock: BaseLock, store: Store, make: Callable[[Path, int], layout.Image]
+    directory: Path, lock: BaseLock, store: Store, make: Callable[[Path, int], layout.Image]
 ) -> tuple[Path, layout.Image]:
-    """Return the layout that `key` stands for and its image, made now unless it was before.
+    """Return a layout and its image, made now unless it was before.
 
     `make` is given a directory to work in and a descriptor for its programs to hold.
     """
-    digest = hashlib.sha256(layout.canonical_json(key)).hexdigest()[:16]
-    directory = store.root / "layouts" / f"base-{lock.name}-{digest}"
     image = _kept(directory, store)
     if image is None:
-        name = f"base-{digest}"
+        name = f"base-{directory.name.rpartition('-')[2]}"
         with _outlived(store, f"bootstrap-{name}") as descriptor, store.scratch(name) as scratch:
             # Whoever held the lock before may have made it.
             image = _kept(directory, store)

@@ -7,12 +7,13 @@ where it also runs them (`EngineSession`) proves all of it there.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any, Protocol
 from builder import base as bases
 from builder import export, layout, proof
 from builder.base import BaseImage
-from builder.engines import Builder, BuiltImage, Engine, Host, Steps
+from builder.engines import Builder, BuiltImage, Engine, Host, Steps, StoreBuilder
+from builder.engines.oci import OciEngine
 from builder.errors import (
     DiskError,
     EngineError,
@@ -32,7 +34,7 @@ from builder.errors import (
     TorchyardError,
 )
 from builder.fetching import Progress
-from builder.index import Index
+from builder.index import Index, Wanted
 from builder.render import Plan
 from builder.store import Store, write_atomically
 
@@ -45,6 +47,8 @@ MARGIN_BYTES = 1 << 30
 
 BYTES, CONTAINER = "bytes", "container"
 """What can prove an image: its bytes, read in the store; what a container of it reports."""
+_RECIPES = {OciEngine.name: OciEngine.recipe}
+"""Of engines whose images are of our own making: with another recipe the same plan gives another image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +98,34 @@ class Reporter(Protocol):
 def fetch(plans: Iterable[Plan], index: Index, store: Store, report: Reporter) -> None:
     """Bring every locked file of the plans into the store."""
     plans = tuple(plans)
-    wheels = {wheel.sha256: wheel.wanted(plan.cell) for plan in plans for wheel in plan.lock.wheels}
-    locks = {lock.digest: lock for plan in plans for lock in (plan.base_lock, plan.system_lock) if lock is not None}
-    missing = [file for file in wheels.values() if not store.has(file.sha256, size=file.size)]
+    _fetch_packages(plans, store, report)
+    _fetch_wheels(plans, index, store, report)
+
+
+def _wheels(plans: Iterable[Plan]) -> tuple[Wanted, ...]:
+    """Return the wheels of the plans, each once."""
+    return tuple({wheel.sha256: wheel.wanted(plan.cell) for plan in plans for wheel in plan.lock.wheels}.values())
+
+
+def _lacking(wheels: Iterable[Wanted], store: Store) -> list[Wanted]:
+    """Return those that the store does not have."""
+    return [wheel for wheel in wheels if not store.has(wheel.sha256, size=wheel.size)]
+
+
+def _fetch_wheels(
+    plans: Iterable[Plan], index: Index, store: Store, report: Reporter, *, arrived: Callable[[str], None] | None = None
+) -> None:
+    wheels = _wheels(plans)
+    missing = _lacking(wheels, store)
     if missing:
         size = sum(file.size or 0 for file in missing)
         require_disk(store.root, size + MARGIN_BYTES, f"fetch {len(missing)} wheels ({_gb(size)})")
         with report.transfers(f"wheels · {len(missing)} of {len(wheels)}, {_gb(size)}") as progress:
-            index.fetch_all(missing, store, progress)
+            index.fetch_all(missing, store, progress, arrived=arrived or (lambda _: None))
+
+
+def _fetch_packages(plans: Iterable[Plan], store: Store, report: Reporter) -> None:
+    locks = {lock.digest: lock for plan in plans for lock in (plan.base_lock, plan.system_lock) if lock is not None}
     for lock in locks.values():
         if any(not store.has(deb.sha256, size=deb.size) for deb in lock.debs):
             with report.transfers(f"base {lock.suite} · {len(lock.debs)} Debian packages") as progress:
@@ -174,6 +198,9 @@ class Session:
     def _build(self, plan: Plan, started: float) -> Image:
         raise NotImplementedError
 
+    def prepare(self, plans: Sequence[Plan]) -> None:
+        """Do what is better done once for several cells than for each when it is built; nothing has to be."""
+
     def _image(
         self, plan: Plan, built: BuiltImage, proof: tuple[str, ...], facts: Mapping[str, Any], started: float
     ) -> Image:
@@ -196,6 +223,7 @@ class Session:
             "size_bytes": image.size_bytes,
             "proof": list(image.proof),
             "facts": image.facts,
+            "recipe": _RECIPES.get(self._builder.name, ""),
         }
         write_atomically(_record_path(self._store, self._builder.name, plan), json.dumps(content).encode())
 
@@ -216,9 +244,11 @@ def _recorded(store: Store, builder: str, plan: Plan) -> tuple[BuiltImage, tuple
     """Return what an earlier run made from the very same inputs, how it was proven, and its facts."""
     try:
         record = json.loads(_record_path(store, builder, plan).read_bytes())
+        if record.get("recipe", "") != _RECIPES.get(builder, ""):
+            return None  # today something else would be made, and by whoever has no such record it is
         built = BuiltImage(digest=str(record["digest"]), size_bytes=int(record["size_bytes"]))
         return built, tuple(map(str, record["proof"])), dict(record["facts"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -269,7 +299,7 @@ class StoreSession(Session):
     def __init__(
         self,
         *,
-        builder: Builder,
+        builder: StoreBuilder,
         host: Host | None,
         index: Index,
         store: Store,
@@ -278,7 +308,7 @@ class StoreSession(Session):
         keep: bool = False,
     ) -> None:
         super().__init__(builder=builder, index=index, store=store, report=report, rebuild=rebuild)
-        self._host = host
+        self._maker, self._host = builder, host
         self._room = _Room(host, store, report, keep=keep, removed=self.removed) if host is not None else None
 
     def _build(self, plan: Plan, started: float) -> Image:
@@ -292,8 +322,31 @@ class StoreSession(Session):
     def _complete_before(self, plan: Plan) -> Image | None:
         return self._proven_before(plan) if complete(plan, self._store, builder=self._builder.name) else None
 
+    def prepare(self, plans: Sequence[Plan]) -> None:
+        """Fetch what the cells lack that are not built yet, and make their layers, each once its wheels are here.
+
+        Raises what fetching does; a layer that cannot be made is left for `build` to report.
+        """
+        new = [plan for plan in plans if self._rebuild or _recorded(self._store, self._builder.name, plan) is None]
+        if new:
+            # Not that of each cell: another run may build one of them meanwhile.
+            with self._store.lock("build-all"):
+                self._prepare(new)
+
+    def _prepare(self, plans: Sequence[Plan]) -> None:
+        _fetch_packages(plans, self._store, self._report)
+        on_bases = [(plan, base_of(plan, self._store, self._report)) for plan in plans]
+        with (
+            self._report.steps(f"layers of {len(plans)} cells") as steps,
+            self._maker.arrivals(on_bases, store=self._store, steps=steps) as layers,
+        ):
+            _fetch_wheels(plans, self._index, self._store, self._report, arrived=layers.arrived)
+
     def _made(self, plan: Plan, started: float) -> Image:
-        fetch([plan], self._index, self._store, self._report)
+        if _lacking(_wheels([plan]), self._store):
+            self._prepare([plan])
+        else:
+            _fetch_packages([plan], self._store, self._report)
         try:
             built = self._attempt(plan)
         except HashMismatchError as error:
@@ -456,7 +509,11 @@ def _built(session: Session, plan: Plan) -> Image:
 
 def build_all(plans: Iterable[Plan], session: Session, report: Reporter) -> list[Outcome]:
     """Build each plan; one that fails does not stop the others."""
-    outcomes = []
+    plans, outcomes = tuple(plans), []
+    if len(plans) > 1:
+        # What fails here is the failure of some cells, and these meet it again.
+        with contextlib.suppress(TorchyardError, OSError):
+            session.prepare(plans)
     for plan in plans:
         try:
             image = _built(session, plan)

@@ -1,7 +1,7 @@
 """The command line: one verb per stage, in the order of the line; the only place that prints errors and exits.
 
-What only some verbs need and what takes long to import (docker-py, HTTP) they import themselves: a rebuild of what is
-built takes a second, and half of it was that.
+Each verb imports what it needs itself, and here stands only what all of them do: all modules together take longer to
+import than a verb takes that finds its work done.
 """
 
 from __future__ import annotations
@@ -15,36 +15,28 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder import __version__, compat, errors, facts, runners
-from builder import base as bases
-from builder import build as builds
-from builder import export as exports
-from builder import lock as locks
-from builder import size as sizes
-from builder.build import EngineSession, Outcome, Session, StoreSession, build_all
-from builder.console import Console
-from builder.engines.oci import OciEngine
-from builder.engines.oci.inventory import inventory
+from builder import __version__, errors, facts
 from builder.errors import CellFailedError, ImpossibleError, LockError, MatrixError, Problem, ToolError, TorchyardError
-from builder.index import Index
-from builder.layout import Image
-from builder.matrix import Cell, Policy
-from builder.project import Project, architecture, system_packages
-from builder.render import Plan
-from builder.schema import BootstrapBase, json_schema
 from builder.store import Store, write_atomically
 
 if TYPE_CHECKING:
-    from builder import cosign, reports
+    from builder import base as bases
+    from builder import compat, cosign, reports, runners
     from builder import update as updates
     from builder import validate as validation
+    from builder.build import EngineSession, Outcome, Session, StoreSession
+    from builder.console import Console
+    from builder.index import Index
+    from builder.layout import Image
+    from builder.matrix import Cell, Policy
+    from builder.project import Project
+    from builder.render import Plan
 
 EXIT_CODES = "\n    ".join(
     f"{code:>3}  {text}"
@@ -81,6 +73,9 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
     def wrapper(
         *args: object, matrix_path: Path, as_json: bool, quiet: bool, verbose: bool, debug: bool, **kwargs: object
     ) -> None:
+        from builder.console import Console
+        from builder.project import Project
+
         console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
         try:
             command(Context(Project(matrix_path), console), *args, **kwargs)
@@ -151,7 +146,11 @@ def _cell_document(cell: Cell, policy: Policy, found: runners.Cover) -> dict[str
 @_options
 def matrix_command(context: Context, patterns: Sequence[str], *, schema: bool, jobs: str | None) -> None:
     """List the cells of the matrix."""
+    from builder import runners
+
     if schema:
+        from builder.schema import json_schema
+
         click.echo(json.dumps(json_schema(), indent=2))
         return
     policy, cells = context.project.policy, context.project.select(patterns)
@@ -212,6 +211,8 @@ def _tell_lost(context: Context, cells: Iterable[Cell], found: runners.Cover) ->
 @_options
 def resolve_command(context: Context, **asked: str | None) -> None:
     """Say whether a combination exists and what it needs; if not, why, and what does."""
+    from builder import compat
+
     answer = compat.explain(context.project.facts, compat.Request(**asked))  # type: ignore[arg-type]
     context.console.write(str(answer))
     context.console.result(_answer_document(answer))
@@ -250,6 +251,8 @@ def _base_locks(context: Context, cells: Sequence[Cell], *, again: bool) -> dict
 
     A base is locked for all cells of the matrix that stand on it: what their variants add goes with its very packages.
     """
+    from builder.schema import BootstrapBase
+
     families: dict[Path, list[Cell]] = {}
     for cell in context.project.cells:
         if isinstance(cell.base, BootstrapBase):
@@ -264,6 +267,10 @@ def _base_locks(context: Context, cells: Sequence[Cell], *, again: bool) -> dict
 
 def _family_locks(context: Context, cells: Sequence[Cell], *, again: bool) -> dict[Path, bases.BaseLock]:
     """Lock the base that all of the cells stand on, and with it what their variants add, if need be or `again`."""
+    from builder import base as bases
+    from builder.project import architecture, system_packages
+    from builder.schema import BootstrapBase
+
     project, first = context.project, cells[0]
     assert isinstance(first.base, BootstrapBase)
     extended = {project.system_lock_path(cell): cell for cell in cells if system_packages(cell)}
@@ -300,6 +307,11 @@ def _found(read: Callable[[Cell], bases.BaseLock | None], cell: Cell) -> bases.B
 @_options
 def lock_command(context: Context, patterns: Sequence[str], *, check: bool, again: bool, keep_wheels: bool) -> None:
     """Resolve the cells to hash-pinned wheels and write their locks."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from builder import lock as locks
+    from builder.index import Index
+
     project, console = context.project, context.console
     cells = project.select(patterns)
     if check:
@@ -389,6 +401,9 @@ def render_command(context: Context, patterns: Sequence[str], *, check: bool) ->
 @_options
 def fetch_command(context: Context, patterns: Sequence[str]) -> None:
     """Bring the locked wheels and Debian packages into the store."""
+    from builder import build as builds
+    from builder.index import Index
+
     project = context.project
     plans = project.plans(project.select(patterns))
     builds.fetch(plans, Index(), Store.open(), context.console)
@@ -406,10 +421,14 @@ def _session(
     context: Context, *, engine: str, load: bool, rebuild: bool = False, keep: bool = False
 ) -> EngineSession | StoreSession:
     """Make what builds: in the store, and with `load` also in the container engine; or all of it in that engine."""
+    from builder.build import EngineSession, StoreSession
+    from builder.engines.oci import OciEngine
+    from builder.index import Index
+
     index, store = Index(), Store.open()
     host = None
     if load or engine == "docker":
-        from builder.engines.docker import DockerEngine  # noqa: PLC0415 (slow, see above)
+        from builder.engines.docker import DockerEngine
 
         host = DockerEngine()
         host.check()
@@ -449,6 +468,8 @@ def _state(outcome: Outcome) -> str:
 
 def _build(context: Context, plans: Sequence[Plan], session: Session) -> None:
     """Build the plans, show what became of each, and exit with an error if one failed."""
+    from builder.build import build_all
+
     console = context.console
     outcomes = build_all(plans, session, console)
     documents = []
@@ -537,6 +558,8 @@ def export_command(
     context: Context, patterns: Sequence[str], *, everything: bool, output: str, form: str, compression: str
 ) -> None:
     """Write images as files; what is not built yet is built before."""
+    from builder import export as exports
+
     console = context.console
     plans = _plans(context, patterns, everything=everything, verb="export")
     target = Path(output)
@@ -598,7 +621,7 @@ def _refuse_stdout(plans: Sequence[Plan], form: str, *, as_json: bool) -> None:
 @_options
 def licences_command(context: Context, patterns: Sequence[str]) -> None:
     """List the licence of every package in an image, as its own metadata says, and where its text lies."""
-    from builder import licences  # noqa: PLC0415 (only here)
+    from builder import licences
 
     store, console, found, without = Store.open(), context.console, [], []
     for plan in context.project.plans(context.project.select(patterns)):
@@ -632,7 +655,7 @@ def licences_command(context: Context, patterns: Sequence[str]) -> None:
 @_options
 def sbom_command(context: Context, patterns: Sequence[str], *, everything: bool, output: str) -> None:
     """Write the bill of materials of images that are built: CycloneDX, checked against what is installed in them."""
-    from builder import sbom  # noqa: PLC0415 (slow, see above)
+    from builder import bills, sbom
 
     store, console, target = Store.open(), context.console, Path(output)
     plans = _plans(context, patterns, everything=everything, verb="sbom")
@@ -645,8 +668,7 @@ def sbom_command(context: Context, patterns: Sequence[str], *, everything: bool,
     for plan in plans:
         try:
             image = _complete(plan, store)
-            bill = sbom.bill(plan, store, image)
-            sbom.check(bill, plan, store, image)
+            bill = bills.checked(plan, store, image, sbom.bill)
             if output == "-":
                 sys.stdout.buffer.write(bill)
                 sys.stdout.buffer.flush()
@@ -668,6 +690,9 @@ def sbom_command(context: Context, patterns: Sequence[str], *, everything: bool,
 
 def _complete(plan: Plan, store: Store) -> Image:
     """Return the image of a cell that is built; raises ImpossibleError if it is not."""
+    from builder import build as builds
+    from builder.engines.oci import OciEngine
+
     image = builds.complete(plan, store, builder=OciEngine.name)
     if image is None:
         raise ImpossibleError(
@@ -719,8 +744,8 @@ def _targets(
     context: Context, names: Sequence[str], what: validation.Asked, *, everything: bool, keep: bool
 ) -> Iterator[_Target]:
     """Yield the images: cells, built and loaded if need be, and then those that are none."""
-    from builder import validate as validation  # noqa: PLC0415 (slow, see above)
-    from builder.engines.docker import DockerEngine  # noqa: PLC0415 (the same)
+    from builder import validate as validation
+    from builder.engines.docker import DockerEngine
 
     cells, references = _cells_and_references(context, names, everything=everything)
     engine = DockerEngine()
@@ -749,7 +774,7 @@ def _targets(
 
 def _report(name: str, document: Mapping[str, Any]) -> reports.Report:
     """Read what a suite reported from inside an image, which may be anything."""
-    from builder import reports  # noqa: PLC0415 (slow, see above)
+    from builder import reports
 
     try:
         return reports.loads(json.dumps(document).encode(), where=name)
@@ -803,12 +828,12 @@ def validate_command(
       0  every required check passed, and none failed
       1  a check failed or broke
       2  usage
-      3  an image could not be validated at all
+      3  something could not be validated at all: no such image, no engine, or one that has no GPU to give
       4  a required check did not run, or nothing was proven
       5  warnings, with --strict
     """  # noqa: D301 (a backspace, by which click knows lines that it is not to join)
-    from builder import reports  # noqa: PLC0415 (slow, see above)
-    from builder import validate as validation  # noqa: PLC0415 (the same)
+    from builder import reports
+    from builder import validate as validation
 
     console = context.console
     if sum((bool(subjects), everything, local)) != 1:
@@ -826,11 +851,10 @@ def validate_command(
         targets = _targets(context, subjects, what, everything=everything, keep=keep)
     done: dict[str, reports.Report] = {}
     failures: list[TorchyardError] = []
-    for target in targets:
+    documents: list[Mapping[str, Any]] = []
+    for target in _possible(targets):
 
-        def show(event: Mapping[str, Any], name: str = target.name) -> None:
-            if console.as_json:
-                click.echo(json.dumps({**event, "subject": name}))
+        def show(event: Mapping[str, Any]) -> None:
             for line in event.get("text", ()):
                 console.say(str(line))
 
@@ -839,27 +863,80 @@ def validate_command(
         try:
             digest, document = target.run(show)
             report = _report(target.name, document)
-            reports.write_all(report, directory)
+            _write_reports(report, directory)
             if digest is not None:
                 _keep_verdict(digest, report, what, console)
         except TorchyardError as error:
             failures.append(error)
-            console.error(error)
+            console.problems(error)
+            documents.append(_validated(target.name, exit_code=_kept_from(error), problems=error.problems))
         else:
             done[reports.directory_name(target.name)] = report
+            documents.append(
+                _validated(target.name, exit_code=report.verdict.exit_code, directory=str(directory), report=document)
+            )
             console.say(f"reports: {directory}")
             if not console.as_json and os.environ.get("GITHUB_ACTIONS") == "true":
                 click.echo(reports.workflow_commands(report), nl=False)
     if len(done) > 1:
         reports.write_overview(done, report_dir)
-    if failures:
-        sys.exit(failures[0].exit_code if not done and len(failures) == 1 else ImpossibleError.exit_code)
-    sys.exit(validation.exit_code([report.verdict.exit_code for report in done.values()]))
+    console.result(documents)
+    if failures and not done:
+        sys.exit(max(map(_kept_from, failures)))
+    codes = [report.verdict.exit_code for report in done.values()]
+    sys.exit(ImpossibleError.exit_code if failures else validation.exit_code(codes))
+
+
+def _write_reports(report: reports.Report, directory: Path) -> None:
+    from builder import reports
+
+    try:
+        reports.write_all(report, directory)
+    except OSError as error:
+        raise MatrixError(
+            "the reports cannot be written",
+            where=str(error.filename or directory),
+            why=error.strerror or str(error),
+            tries=("name another place: --report-dir DIRECTORY",),
+        ) from error
+
+
+def _kept_from(error: TorchyardError) -> int:
+    """Return the exit code for what kept a subject from being validated; those of other verbs mean something else."""
+    return error.exit_code if isinstance(error, MatrixError) else ImpossibleError.exit_code
+
+
+def _possible(targets: Iterable[_Target]) -> Iterator[_Target]:
+    """Yield the targets; whatever keeps all of them from being validated has one exit code."""
+    try:
+        yield from targets
+    except TorchyardError as error:
+        if _kept_from(error) == error.exit_code:
+            raise
+        raise ImpossibleError(problems=error.problems) from error
+
+
+def _validated(
+    subject: str,
+    *,
+    exit_code: int,
+    directory: str | None = None,
+    report: Mapping[str, Any] | None = None,
+    problems: Sequence[Problem] = (),
+) -> dict[str, Any]:
+    """Return what machines are told of one subject: its report, or the problems that kept it from having one."""
+    return {
+        "subject": subject,
+        "exit_code": exit_code,
+        "directory": directory,
+        "report": report,
+        "problems": [asdict(problem) for problem in problems],
+    }
 
 
 def _keep_verdict(digest: str, report: reports.Report, what: validation.Asked, console: Console) -> None:
     """Keep what a run found of a cell's image, for `push` to ask."""
-    from builder import gate  # noqa: PLC0415 (slow, see above)
+    from builder import gate
 
     if what.options:
         console.say("no verdict is kept: the numbers of the profile were changed")
@@ -873,7 +950,7 @@ def _keep_verdict(digest: str, report: reports.Report, what: validation.Asked, c
 @_options
 def explain_command(context: Context, text: Sequence[str]) -> None:
     """Explain an error message, pasted, a failure mode (F35), or what comes on standard input (-)."""
-    from validate import explain  # noqa: PLC0415 (only here)
+    from validate import explain
 
     asked = sys.stdin.read() if tuple(text) == ("-",) else " ".join(text)
     context.console.result([failure.as_json() for failure in explain.known(asked)])
@@ -894,7 +971,7 @@ def report_group() -> None:
 @_options
 def report_diff_command(context: Context, before: Path, after: Path) -> None:
     """Say what is different between two reports; exit code 1 if a check became worse."""
-    from builder import reports  # noqa: PLC0415 (slow, see above)
+    from builder import reports
 
     found = reports.diff(reports.load(before), reports.load(after))
     context.console.write(str(found))
@@ -909,7 +986,7 @@ def report_diff_command(context: Context, before: Path, after: Path) -> None:
 @_options
 def report_render_command(context: Context, path: Path, output: Path) -> None:
     """Write a report.json in every form: JUnit, Markdown, Prometheus, HTML."""
-    from builder import reports  # noqa: PLC0415 (slow, see above)
+    from builder import reports
 
     reports.write_all(reports.load(path), output)
     context.console.say(f"written: {output}")
@@ -924,7 +1001,7 @@ def report_keep_command(context: Context, paths: Sequence[Path]) -> None:
 
     A PATH is a report.json, or a directory with some below it. All of them are kept, or none.
     """
-    from builder import verdicts  # noqa: PLC0415 (slow, see above)
+    from builder import verdicts
 
     store, found = Store.open(), verdicts.find(paths)
     kept = verdicts.keep(store, verdicts.read(found, context.project.fresh_plans(context.project.cells), store))
@@ -939,7 +1016,7 @@ def report_keep_command(context: Context, paths: Sequence[Path]) -> None:
 @_options
 def report_schema_command(context: Context) -> None:  # noqa: ARG001 (it is JSON with any option)
     """Print the JSON Schema of report.json."""
-    from builder import reports  # noqa: PLC0415 (slow, see above)
+    from builder import reports
 
     click.echo(json.dumps(reports.json_schema(), indent=2))
 
@@ -977,9 +1054,9 @@ def push_command(
     dry_run: bool,
 ) -> None:
     """Publish images that have a passing verdict, and set their tags last; what is not built yet is built before."""
-    from builder import push as pushes  # noqa: PLC0415 (slow, see above)
-    from builder import upload  # noqa: PLC0415 (as above)
-    from builder.provenance import SOMEBODY  # noqa: PLC0415 (as above)
+    from builder import push as pushes
+    from builder import upload
+    from builder.provenance import SOMEBODY
 
     console = context.console
     plans = _plans(context, patterns, everything=everything, verb="push")
@@ -1032,7 +1109,7 @@ def push_command(
 
 def _signer(key: str | None, *, keyless: bool) -> cosign.Signer | None:
     """Return who signs; None if nobody does. A key that cannot be read is found out before anything is sent."""
-    from builder import cosign  # noqa: PLC0415 (slow, see above)
+    from builder import cosign
 
     if key and keyless:
         raise MatrixError("a key and --keyless exclude each other", tries=("sign with one of them",))
@@ -1082,7 +1159,7 @@ def verify_command(
     content: bool,
 ) -> None:
     """Verify a published image: signature, provenance, bill of materials, verdict, and observed = declared."""
-    from builder import verify as verifying  # noqa: PLC0415 (slow, see above)
+    from builder import verify as verifying
 
     trust = _trust(key, identity, issuer, unsigned=unsigned)
     console = context.console
@@ -1095,7 +1172,7 @@ def verify_command(
 
 
 def _trust(key: str | None, identity: str | None, issuer: str | None, *, unsigned: bool) -> cosign.Trust | None:
-    from builder import cosign  # noqa: PLC0415 (slow, see above)
+    from builder import cosign
 
     if [bool(key), bool(identity or issuer), unsigned].count(True) != 1 or bool(identity) is not bool(issuer):
         raise MatrixError(
@@ -1127,8 +1204,9 @@ def reproduce_command(
 
     A CELL is compared with the image of your store; an IMAGE in a registry is made from the inputs in its provenance.
     """
-    from builder import reproduce, verify  # noqa: PLC0415 (slow, see above)
-    from builder.compare import text  # noqa: PLC0415 (the same)
+    from builder import reproduce, verify
+    from builder.compare import text
+    from builder.index import Index
 
     console = context.console
     cells, references = _cells_and_references(context, subjects, everything=False)
@@ -1172,6 +1250,11 @@ def reproduce_command(
 @_options
 def size_command(context: Context, patterns: Sequence[str], *, top: int, markdown: bool) -> None:
     """Say what takes the space in images that are built, by layer and by package, and what they share."""
+    from builder import build as builds
+    from builder import size as sizes
+    from builder.engines.oci import OciEngine
+    from builder.engines.oci.inventory import inventory
+
     store, console = Store.open(), context.console
     found, missing = [], []
     for plan in context.project.plans(context.project.select(patterns)):
@@ -1197,6 +1280,44 @@ def size_command(context: Context, patterns: Sequence[str], *, top: int, markdow
     console.result(sizes.as_json(all_of_them))
 
 
+# --------------------------------------------------------------------------- gc
+
+
+@cli.command("gc")
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
+@click.option("--older-than", "days", type=click.FloatRange(min=0), default=7.0, show_default=True, metavar="DAYS",
+              help="Leave what is younger, and what images that were made since then need.")  # fmt: skip
+@_options
+def gc_command(context: Context, *, dry_run: bool, days: float) -> None:
+    """Remove from the store what no lock of the matrix needs any more; all of it can be fetched or made again."""
+    from builder import gc
+
+    project, console, store = context.project, context.console, Store.open()
+    plans, before = project.plans(project.cells), time.time() - days * 86400
+    if dry_run:
+        found = gc.find(store, plans, before=before)
+    else:
+        with gc.alone(store, lambda name: console.say(f"waiting for another run to end: {name}")):
+            found = gc.remove(store, gc.find(store, plans, before=before), before=before)
+    sizes_of = {kind: [one.size_bytes for one in found if one.kind == kind] for kind in gc.KINDS}
+    rows = [[gc.KINDS[kind], str(len(them)), f"{sum(them) / 1e6:.1f}"] for kind, them in sizes_of.items() if them]
+    total = sum(one.size_bytes for one in found)
+    if rows:
+        console.table(("what", "number", "MB"), rows)
+    done = "would be removed" if dry_run else "removed"
+    console.say(f"{len(found)} of {store.root} {done}, {total / 1e6:.1f} MB" if found else "there is nothing to remove")
+    console.result(
+        {
+            "dry_run": dry_run,
+            "bytes": total,
+            "kinds": [
+                {"kind": kind, "count": len(them), "bytes": sum(them)} for kind, them in sizes_of.items() if them
+            ],
+            "paths": [str(one.path.relative_to(store.root)) for one in found],
+        }
+    )
+
+
 # --------------------------------------------------------------------------- update
 
 
@@ -1205,7 +1326,9 @@ def size_command(context: Context, patterns: Sequence[str], *, top: int, markdow
 @_options
 def update_command(context: Context, *, recheck: bool) -> None:
     """Look for torch releases and builds that the facts lack, and add them; nothing is ever taken away."""
-    from builder import update as updates  # noqa: PLC0415 (slow, see above)
+    from builder import lock as locks
+    from builder import update as updates
+    from builder.index import Index
 
     console = context.console
     index = Index()
@@ -1241,7 +1364,7 @@ def update_command(context: Context, *, recheck: bool) -> None:
 
 
 def _page(index: Index, url: str) -> updates.Page:
-    from builder.update import Page  # noqa: PLC0415 (slow, see above)
+    from builder.update import Page
 
     status, text = index.get(url)
     return Page(status=status, text=text)

@@ -8,6 +8,7 @@ which `cosign attest` would have written it; `cosign verify` and `cosign verify-
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -67,6 +68,23 @@ class Signer:
 
     def public_key(self) -> str:
         """Return the public key in PEM, by which bundles are recognised; empty for keyless signing."""
+        return self._public_key
+
+    def has_signed(self, bundle: bytes, *, digest: str, predicate_type: str) -> bool:
+        """Tell whether a bundle about the image with `digest` bears a signature of the key's; never without a key."""
+        if not self.key or not is_by(bundle, self.public_key()):
+            return False
+        with _place() as place:
+            trust = Trust(key=str(place / "public.pem"))
+            Path(trust.key).write_text(self.public_key())
+            try:
+                trust.check(bundle, digest=digest, predicate_type=predicate_type)
+            except CellFailedError:
+                return False
+        return True
+
+    @functools.cached_property
+    def _public_key(self) -> str:
         if not self.key:
             return ""
         return _cosign(

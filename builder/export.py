@@ -417,8 +417,7 @@ def recompressed(
 def _zstd_layer(store: Store, layer: Layer, *, level: int, workers: int, progress: Callable[[int], None]) -> Layer:
     if layer.blob.media_type == layout.MEDIA_LAYER_ZSTD:
         return layer
-    about = {"diff_id": layer.diff_id, "libzstd": zstandard.ZSTD_VERSION, "level": level, "parameters": _PARAMETERS}
-    key = hashlib.sha256(layout.canonical_json(about)).hexdigest()
+    key = zstd_key(layer.diff_id, level)
     known = store.root / "zstd" / f"{key}.json"
     if (blob := _known(store, known)) is None:
         with store.scratch(f"zstd-{key}") as scratch:
@@ -427,6 +426,12 @@ def _zstd_layer(store: Store, layer: Layer, *, level: int, workers: int, progres
                 blob = _compressed(store, layer, scratch / "blob", level=level, workers=workers, progress=progress)
                 write_atomically(known, layout.canonical_json(blob.as_json()))
     return replace(layer, blob=replace(blob, annotations=layer.blob.annotations))
+
+
+def zstd_key(diff_id: str, level: int) -> str:
+    """Return the name under `zstd/` of which blob a layer is, compressed so by this libzstd."""
+    about = {"diff_id": diff_id, "libzstd": zstandard.ZSTD_VERSION, "level": level, "parameters": _PARAMETERS}
+    return hashlib.sha256(layout.canonical_json(about)).hexdigest()
 
 
 def _known(store: Store, path: Path) -> Descriptor | None:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -394,12 +394,25 @@ class Index:
             raise SourceError(f"{wanted.filename} cannot be copied", where=str(path), why=reason(error)) from error
         return True
 
-    def fetch_all(self, files: Iterable[Wanted], store: Store, progress: Progress) -> None:
+    def fetch_all(
+        self,
+        files: Iterable[Wanted],
+        store: Store,
+        progress: Progress,
+        *,
+        arrived: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """Bring all files into the store, several at a time, largest first so that the tail is short.
 
-        The first failure stops the others; what they have is kept for the next run.
+        `arrived` is called, from several threads, with the hash of each as soon as it is there. The first failure stops
+        the others; what they have is kept for the next run.
         """
-        fetch_missing(files, store, lambda file, stop: self.fetch(file, store, progress, stop))
+
+        def one(file: Wanted, stop: threading.Event) -> None:
+            self.fetch(file, store, progress, stop)
+            arrived(file.sha256)
+
+        fetch_missing(files, store, one)
 
 
 @dataclass(frozen=True, kw_only=True)

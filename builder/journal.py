@@ -78,11 +78,11 @@ class Journal:
         self._note(MANIFEST, digest)
 
     def note_attached(self, digest: str) -> None:
-        """Note the manifest of something that this store signed, or not, and attached to an image there."""
+        """Note the manifest of a statement that this store attached to an image there, or found to be of its key."""
         self._note(REFERRER, digest)
 
     def has_attached(self, digest: str) -> bool:
-        """Tell whether this store attached something."""
+        """Tell whether that was noted of a statement."""
         return self._noted.get(digest) == REFERRER
 
     def _note(self, kind: str, digest: str) -> None:

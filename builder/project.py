@@ -106,8 +106,8 @@ class Project:
 
         Raises LockError if it is missing or stale, or is not of the base's own packages and more.
         """
-        base = self.base_lock(cell)
-        if base is None or not system_packages(cell):
+        base = self.base_lock(cell) if system_packages(cell) else None
+        if base is None:
             return None
         path, what = self.system_lock_path(cell), f"the base {cell.base_name} for {cell.variant_name}"
         lock = _read(path, what)

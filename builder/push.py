@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
-from builder import aliases, attestation, export, gate, sbom
+from builder import aliases, attestation, bills, export, gate, referrers
 from builder.attestation import Attestation
 from builder.cosign import Signer
 from builder.credentials import Configuration
@@ -32,7 +33,7 @@ from builder.matrix import Family
 from builder.project import Project
 from builder.provenance import SOMEBODY
 from builder.reference import Reference
-from builder.registry import Registry
+from builder.registry import CONFIG_MAX, Registry
 from builder.render import Plan
 from builder.store import Store
 from builder.upload import Arrived, Target, Way, has_blob, push_blob, put_manifest, read_manifest, resolve
@@ -41,6 +42,8 @@ MOST_OF_A_DAY = 100
 """Images of one cell with the same day's packages; a registry is asked for each."""
 MOST_SOURCES = 2
 """Repositories that are asked for a blob before it is sent."""
+_CELL = "torchyard.cell"
+"""Label of an image: the cell's id."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +52,17 @@ class Tags:
 
     fixed: tuple[str, ...] = ()
     """These mean one image for ever."""
+    own: tuple[str, ...] = ()
+    """These go from one image of a cell to the next."""
     moving: tuple[str, ...] = ()
-    """These go from image to image."""
+    """These go from image to image, and from cell to cell."""
+    cell: str = ""
+    """Id of the cell whose own they are."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them, in the order in which they are set."""
+        return (*self.fixed, *self.own, *self.moving)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +80,7 @@ class Evidence:
     """What is attached to an image."""
 
     bill: bytes
-    """Its bill of materials, CycloneDX."""
-    check: Callable[[], None]
-    """Raises CellFailedError if the image holds something else than its bill says; it reads the layers."""
+    """Its bill of materials, CycloneDX, which agrees with the image."""
     attestations: tuple[Attestation, ...]
     signer: Signer | None
     """Who signs them; None if nobody does."""
@@ -126,7 +136,7 @@ def candidate(
         if not unproven:
             raise
         names = tuple(f"{name}{gate.SUFFIX}" for name in cell.tag_names)
-        return Candidate(image=gate.marked(store, image), tags=Tags(moving=names), verdicts=())
+        return Candidate(image=gate.marked(store, image), tags=Tags(own=names, cell=cell.id), verdicts=())
     serials = itertools.islice(aliases.serials(aliases.dated_tag(cell, plan.epoch)), MOST_OF_A_DAY)
     dated = next((name for name in serials if now(name) in (None, digest)), None)
     if dated is None:
@@ -135,8 +145,9 @@ def candidate(
             why="the same packages gave another image each time",
             tries=("have tags that nobody needs deleted there", "torchyard lock --bases, for those of a later day"),
         )
-    moving = (*cell.tag_names, *aliases.moving_tags(cell, family.cells, latest=policy.latest))
-    return Candidate(image=image, tags=Tags(fixed=(dated,), moving=moving), verdicts=verdicts)
+    moving = aliases.moving_tags(cell, family.cells, latest=policy.latest)
+    tags = Tags(fixed=(dated,), own=cell.tag_names, moving=moving, cell=cell.id)
+    return Candidate(image=image, tags=tags, verdicts=verdicts)
 
 
 def evidence(
@@ -151,18 +162,24 @@ def evidence(
 ) -> Evidence | None:
     """Return what is attached to a cell's image; None if it is unproven: of such an image nothing is said.
 
-    Raises CellFailedError if a container was seen to have other packages than the bill.
+    Raises CellFailedError if the image holds something else than its bill says, or a container was seen to have other
+    packages.
     """
     if not found.verdicts:
         return None
-    bill = sbom.bill(plan, store, found.image)
+    bill = bills.checked(plan, store, found.image, _bill)
     for verdict in found.verdicts:
-        sbom.check_reported(bill, verdict.report.environment.packages, name=plan.cell.id)
+        bills.check_reported(bill, verdict.report.environment.packages, name=plan.cell.id)
     about = attestation.attestations(
         project, plan, found.image.manifest.digest, bill=bill, verdicts=found.verdicts, vex=vex, builder=builder
     )
-    check = functools.partial(sbom.check, bill, plan, store, found.image)
-    return Evidence(bill=bill, check=check, attestations=about, signer=signer)
+    return Evidence(bill=bill, attestations=about, signer=signer)
+
+
+def _bill(plan: Plan, store: Store, image: Image) -> bytes:
+    from builder import sbom  # noqa: PLC0415 (CycloneDX takes long to import, and most bills are made already)
+
+    return sbom.bill(plan, store, image)
 
 
 @contextlib.contextmanager
@@ -202,10 +219,10 @@ def push(
 ) -> Pushed:
     """Bring an image into a repository, attach what is said of it, and then set its tags.
 
-    Nothing is sent that the registry has or can mount. Raises CellFailedError if a fixed tag is another image's, before
-    anything is sent, or if somebody else moves a tag meanwhile; SourceError if the registry fails or refuses,
-    HashMismatchError if it gives back something else, or bytes of the store were wrong; ToolError if it cannot be
-    signed. Then no tag is set that was not set before the error.
+    Nothing is sent that the registry has or can mount. Raises CellFailedError if a fixed tag is another image's, or one
+    of the cell's own another cell's, before anything is sent, or if somebody else moves a tag meanwhile; SourceError if
+    the registry fails or refuses, HashMismatchError if it gives back something else, or bytes of the store were wrong;
+    ToolError if it cannot be signed. Then no tag is set that was not set before the error.
     """
     with Journal.opened(store, target.registry.host, target.repository) as journal:
         before = _before(target, image, tags)
@@ -219,12 +236,16 @@ def push(
                 image.manifest,
                 evidence.attestations,
                 bill=evidence.bill,
-                check=evidence.check,
                 signer=evidence.signer,
                 journal=journal,
             )
-        for name in (*tags.fixed, *tags.moving):
-            _set(target, name, image.manifest, content, before[name])
+        for name in tags.names:
+            if before[name] != image.manifest.digest:
+                _set(target, name, image.manifest, content, before[name])
+        # Those that mean it already are only looked at again, which can be done at once.
+        still = [name for name in tags.names if before[name] == image.manifest.digest]
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            list(pool.map(lambda name: _set(target, name, image.manifest, content, before[name]), still))
     return Pushed(
         blobs=Counter(one.way for one in arrived),
         bytes_sent=sum(one.bytes_sent for one in arrived),
@@ -234,16 +255,18 @@ def push(
 
 
 def _before(target: Target, image: Image, tags: Tags) -> dict[str, str | None]:
-    """Return what each tag means now; raises CellFailedError naming every fixed one that is another image's."""
-    before = {name: resolve(target, name) for name in (*tags.fixed, *tags.moving)}
-    taken = [name for name in tags.fixed if before[name] not in (None, image.manifest.digest)]
-    if taken:
+    """Return what each tag means now; raises CellFailedError naming every one that may not become this image's."""
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        before = dict(zip(tags.names, pool.map(functools.partial(resolve, target), tags.names), strict=True))
+    mine = image.manifest.digest
+    others = {name: digest for name, digest in before.items() if digest is not None and digest != mine}
+    if taken := [name for name in tags.fixed if name in others]:
         raise CellFailedError(
             problems=tuple(
                 Problem(
                     what=f"the tag {name} exists, and is another image's",
                     where=f"{target}:{name}",
-                    why=f"it is {before[name]}; this image is {image.manifest.digest}",
+                    why=f"it is {others[name]}; this image is {mine}",
                     tries=(
                         "push to another repository: a tag that somebody may have pinned is never overwritten",
                         "torchyard build --rebuild, if both should be the same image",
@@ -252,7 +275,33 @@ def _before(target: Target, image: Image, tags: Tags) -> dict[str, str | None]:
                 for name in taken
             )
         )
+    cells = {name: _cell_of(target, others[name]) for name in tags.own if name in others}
+    if foreign := {name: cell for name, cell in cells.items() if cell not in (None, tags.cell)}:
+        raise CellFailedError(
+            problems=tuple(
+                Problem(
+                    what=f"the tag {name} is another cell's",
+                    where=f"{target}:{name}",
+                    why=f"it is an image of {quoted(cell)}; who pinned it would get one of {tags.cell}",
+                    tries=(
+                        "push to another repository: two matrices share this one, or the default base was changed",
+                        "have the tag deleted there, if it shall go to another cell",
+                    ),
+                )
+                for name, cell in foreign.items()
+            )
+        )
     return before
+
+
+def _cell_of(target: Target, digest: str) -> str | None:
+    """Return which cell's an image in the repository is, as its label says; None if it is none of torchyard's."""
+    try:
+        config = Descriptor.from_json(json.loads(read_manifest(target, digest) or b"")["config"])
+        about = json.loads(referrers.document(target, config, limit=CONFIG_MAX))
+        return str(about["config"]["Labels"][_CELL])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _content(image: Image) -> tuple[Descriptor, ...]:

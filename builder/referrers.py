@@ -11,12 +11,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from builder.errors import HashMismatchError, SourceError
-from builder.fetching import Silent
+from builder.fetching import PARALLEL, Silent
 from builder.layout import MEDIA_INDEX, MEDIA_MANIFEST, Descriptor, canonical_json
 from builder.registry import MANIFEST_MAX
 from builder.upload import Target, push_blob, put_manifest, read_manifest, resolve
@@ -91,20 +92,17 @@ def referrers(target: Target, digest: str) -> tuple[Referrer, ...]:
     listed = _listed(target, digest)
     if listed is None:
         listed = _of_index(_stand_in(target, digest), f"{target}:{_tag(digest)}")
-    found: dict[str, Referrer] = {}
-    for entry in listed:
-        if entry.digest in found:
-            continue
-        if len(found) == MOST:
-            raise SourceError(
-                f"there are more than {MOST} things beside the image", where=f"{target}@{digest}",
-                tries=("have old ones deleted there",),
-            )  # fmt: skip
-        content = _checked(target, entry.digest, read_manifest(target, entry.digest))
-        # An entry may linger in the index after its manifest was deleted.
-        if content is not None and (read := _referrer(content, entry.digest, digest)) is not None:
-            found[entry.digest] = read
-    return tuple(found.values())
+    named = tuple(dict.fromkeys(entry.digest for entry in listed))
+    if len(named) > MOST:
+        raise SourceError(
+            f"there are more than {MOST} things beside the image", where=f"{target}@{digest}",
+            tries=("have old ones deleted there",),
+        )  # fmt: skip
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        contents = list(pool.map(lambda name: _checked(target, name, read_manifest(target, name)), named))
+    # An entry may linger in the index after its manifest was deleted.
+    there = [(name, content) for name, content in zip(named, contents, strict=True) if content is not None]
+    return tuple(one for name, content in there if (one := _referrer(content, name, digest)) is not None)
 
 
 def document(target: Target, blob: Descriptor, *, limit: int) -> bytes:

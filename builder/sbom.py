@@ -1,7 +1,6 @@
-"""The bill of materials of an image: CycloneDX, made from its lock, and held to what its bytes say is installed.
+"""The bill of materials of an image: CycloneDX, made from its lock and from the metadata of its wheels.
 
-The two come from different places on purpose. The bill says what was locked; the check reads the layers. So neither can
-leave something out without the other's telling.
+It says what was locked. `bills` holds it to what the image's bytes say is installed.
 """
 
 from __future__ import annotations
@@ -28,47 +27,35 @@ from packaging.licenses import InvalidLicenseExpression, canonicalize_license_ex
 from packaging.metadata import parse_email
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
 
 from builder import __version__, licences
 from builder import lock as locks
+from builder.bills import LONGEST_PATH, OURS, VERSION, one_line, shown
 from builder.debian import Deb
 from builder.engines.oci import recipe
 from builder.engines.oci.contents import DEB, WHEEL
 from builder.engines.oci.install import ROOT, SITE
-from builder.engines.oci.installed import METADATA, Installed, dist_info, identity, installed
+from builder.engines.oci.installed import METADATA, dist_info, identity
 from builder.engines.oci.inventory import titled
 from builder.engines.oci.layers import opened
 from builder.engines.oci.wheel import Wheel
-from builder.errors import CellFailedError, Problem
-from builder.foreign import quoted
 from builder.layout import Image, canonical_json
 from builder.licences import OWN
 from builder.reference import split_host
 from builder.render import VALIDATOR, Plan
 from builder.store import Store
 
-VERSION = 1
-"""Raise it with every change of what bills say: of several with one serial number, tools take the highest version."""
-
 IMAGE, BASE, PYTHON, TOOL = "image", "base", "python", "tool"
 """What components are called inside a bill; names of the others begin with what they came as: "pypi/torch", "deb/git",
 "program/torchyard-start"."""
 PROGRAM = "program"
-OURS = "torchyard:"
-"""How the names of properties begin that are torchyard's own: of the layer, path and file of a component."""
 
 _MACHINES = {"linux/amd64": "x86_64", "linux/arm64": "aarch64"}
 _CUSTOMIZE = ("sitecustomize.py", "usercustomize.py")
-_SHOWN = 300
-"""Characters of foreign text in a bill: licences' names, names and versions of vendored packages."""
-_LONGEST_PATH = 5000
 _LONGEST = 2000
 """Characters of a licence expression or a requirement that are read; 300 and 200 were seen."""
-_NAMELESS = "unknown"
 _LIBRARIES = ("purelib", "platlib")
 """Schemes of a wheel's data directory whose files lie among the packages."""
-_AGAIN = ("torchyard build CELL --rebuild", "if it stays, torchyard or a package is at fault: do not publish the image")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -114,12 +101,6 @@ def _ref(kind: str, name: str) -> str:
     return f"{kind}/{name}"
 
 
-def _text(text: str, most: int = _SHOWN) -> str:
-    """Return foreign text as it may stand in a bill: one line, printable, not long."""
-    shown = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
-    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
-
-
 def _component(
     ref: str,
     kind: ComponentType,
@@ -157,7 +138,7 @@ def _licences(name: str | None) -> Iterator[License]:
         with contextlib.suppress(InvalidLicenseExpression):
             yield LicenseExpression(canonicalize_license_expression(name), acknowledgement=declared)
             return
-    if text := _text(name or ""):
+    if text := one_line(name or ""):
         yield DisjunctiveLicense(name=text, acknowledgement=declared)
 
 
@@ -232,8 +213,8 @@ def _python_packages(plan: Plan, wheels: Iterable[Wheel], places: _Places) -> It
             file=locked.filename,
             layer=layer,
             path=f"/{SITE}/{wheel.dist_info}",
-            bill=[f"/{SITE}/{_text(path, _LONGEST_PATH)}" for path in _own_bills(wheel)],
-            runs_at_start=[f"/{SITE}/{_text(path, _LONGEST_PATH)}" for path in _started(wheel)],
+            bill=[f"/{SITE}/{one_line(path, LONGEST_PATH)}" for path in _own_bills(wheel)],
+            runs_at_start=[f"/{SITE}/{one_line(path, LONGEST_PATH)}" for path in _started(wheel)],
         )
 
 
@@ -270,7 +251,7 @@ def _vendored(wheel: Wheel, ref: str, layer: str | None) -> Iterator[Component]:
             inside.setdefault(directory, member[: len(member) - len(path) + len(directory)])
     for number, (directory, place) in enumerate(sorted(inside.items()), 1):
         content = wheel.read(f"{place}/{METADATA}") if f"{place}/{METADATA}" in wheel.members else b""
-        name, version = _shown(*identity(directory, content))
+        name, version = shown(*identity(directory, content))
         licence, proprietary = licences.named(parse_email(content)[0])
         yield _component(
             f"{ref}#{number}",
@@ -281,13 +262,8 @@ def _vendored(wheel: Wheel, ref: str, layer: str | None) -> Iterator[Component]:
             licence=licence,
             proprietary="true" if proprietary else None,
             layer=layer,
-            path=f"/{SITE}/{_text(directory, _LONGEST_PATH)}",
+            path=f"/{SITE}/{one_line(directory, LONGEST_PATH)}",
         )
-
-
-def _shown(name: str, version: str) -> tuple[str, str]:
-    """Return name and version of a distribution, which may be any text, as they stand in a bill."""
-    return _text(name) or _NAMELESS, _text(version)
 
 
 def _base(plan: Plan, places: _Places) -> Iterator[Component]:
@@ -496,164 +472,3 @@ def _spelled(document: object) -> bytes:
 def _rank(value: object) -> tuple[str, bytes]:
     name = (value.get("bom-ref") or value.get("ref") or "") if isinstance(value, dict) else ""
     return str(name), canonical_json(value)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The check
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fact:
-    """One thing that is installed, or listed."""
-
-    name: str
-    version: str
-    layer: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.version}".rstrip()
-
-
-_Facts = Mapping[str, _Fact]
-"""What is installed, or listed, by what it can be only once: a package in a directory, a program at a path."""
-
-
-def check(bill_bytes: bytes, plan: Plan, store: Store, image: Image) -> None:
-    """Hold a bill to what the image's bytes say is installed; raises CellFailedError with every disagreement.
-
-    Also raises HashMismatchError or SourceError if something was damaged in the store or lost.
-    """
-    document = _read(bill_bytes)
-    problems = list(_about(document, image))
-    # What is in an image of somebody else's is not known, and the bill says so.
-    layers = [layer for layer, _, of_base in titled(store, image) if plan.base_lock is not None or not of_base]
-    problems += disagreements(document, installed(store, layers))
-    _require(problems, plan.cell.id, image.manifest.digest)
-
-
-def check_reported(bill_bytes: bytes, packages: Mapping[str, str], *, name: str) -> None:
-    """Hold a bill to the packages that a container reported, by name and version; raises CellFailedError.
-
-    `name` is what the image is called.
-    """
-    beside = f"/{SITE}: "
-    listed = {key: fact for key, fact in _listed(_read(bill_bytes)).items() if key.startswith(beside)}
-    found: dict[str, _Fact] = {}
-    for package, version in packages.items():
-        shown, _ = _shown(canonicalize_name(package), version)
-        found[f"{beside}{shown}"] = _Fact(name=shown, version=_plain(version))
-    _require(list(_differences(found, listed)), name, "what a container reported")
-
-
-def _require(problems: Sequence[Problem], name: str, where: str) -> None:
-    if problems:
-        raise CellFailedError(
-            f"{name}: its bill of materials is not what is in the image",
-            where=where,
-            why=f"{len(problems)} disagreement{'s' if len(problems) > 1 else ''}",
-            problems=tuple(problems),
-            tries=_AGAIN,
-        )
-
-
-def disagreements(document: Mapping[str, Any], there: Installed) -> Iterator[Problem]:
-    """Yield every way in which a bill is not what is installed; raises CellFailedError if it is no bill."""
-    yield from _differences(_found(there), _listed(document))
-
-
-def _differences(there: _Facts, listed: _Facts) -> Iterator[Problem]:
-    for key in sorted({*there, *listed}):
-        found, told = there.get(key), listed.get(key)
-        where = quoted(key) if not key.isprintable() else key
-        if told is None:
-            yield Problem(what=f"{found} is in the image, and not in its bill", where=where)
-        elif found is None:
-            yield Problem(what=f"{told} is in the bill, and not in the image", where=where)
-        elif found.version != told.version:
-            yield Problem(what=f"{found.name} is {found.version}", where=where, why=f"the bill says {told.version}")
-        elif None not in (found.layer, told.layer) and found.layer != told.layer:
-            yield Problem(
-                what=f"{found} lies in another layer", where=where, why=f"{found.layer}; the bill says {told.layer}"
-            )
-
-
-def _found(there: Installed) -> _Facts:
-    facts: dict[str, _Fact] = {}
-    for one in there.distributions:
-        name, version = _shown(one.name, one.version)
-        _add(facts, _in_directory(one.path, name), _Fact(name=name, version=version, layer=one.layer))
-    for deb in there.debian:
-        _add(facts, _of_dpkg(deb.name, deb.architecture), _Fact(name=deb.name, version=deb.version, layer=deb.layer))
-    for program in there.programs:
-        name = program.path.rpartition("/")[2]
-        _add(facts, program.path, _Fact(name=name, version=f"sha256:{program.sha256}", layer=program.layer))
-    return facts
-
-
-def _listed(document: Mapping[str, Any]) -> _Facts:
-    facts: dict[str, _Fact] = {}
-    try:
-        todo = list(document["components"])
-        while todo:
-            one = todo.pop()
-            todo += one.get("components", ())
-            properties = {it["name"]: it["value"] for it in one.get("properties", ())}
-            layer, path = properties.get(f"{OURS}layer"), properties.get(f"{OURS}path", "")
-            name, version, purl = str(one["name"]), str(one.get("version", "")), str(one.get("purl", ""))
-            if purl.startswith("pkg:pypi/"):
-                _add(facts, _in_directory(path, name), _Fact(name=name, version=version, layer=layer))
-            elif purl.startswith("pkg:deb/"):
-                architecture = PackageURL.from_string(purl).to_dict()["qualifiers"]["arch"]
-                _add(facts, _of_dpkg(name, architecture), _Fact(name=name, version=version, layer=layer))
-            elif path:
-                (sha256,) = (it["content"] for it in one["hashes"])
-                _add(facts, path, _Fact(name=name, version=f"sha256:{sha256}", layer=layer))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _no_bill(error) from error
-    return facts
-
-
-def _add(facts: dict[str, _Fact], key: str, fact: _Fact) -> None:
-    """Add a fact; of a thing that is there twice, both versions are told."""
-    if (before := facts.get(key)) is not None:
-        versions = sorted({*before.version.split(" and "), fact.version})
-        fact = _Fact(name=fact.name, version=" and ".join(versions), layer=fact.layer)
-    facts[key] = fact
-
-
-def _in_directory(path: str, name: str) -> str:
-    return f"{_text(path, _LONGEST_PATH).rpartition('/')[0]}: {name}"
-
-
-def _of_dpkg(name: str, architecture: str) -> str:
-    return f"dpkg: {name}:{architecture}"
-
-
-def _plain(version: str) -> str:
-    with contextlib.suppress(InvalidVersion):
-        return str(Version(version))
-    return _text(version)
-
-
-def _about(document: Mapping[str, Any], image: Image) -> Iterator[Problem]:
-    """Yield a problem if a bill is about another image."""
-    try:
-        (sha256,) = (it["content"] for it in document["metadata"]["component"]["hashes"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _no_bill(error) from error
-    if sha256 != image.manifest.sha256:
-        yield Problem(what="the bill is about another image", where=image.manifest.digest, why=f"sha256:{sha256}")
-
-
-def _read(content: bytes) -> Mapping[str, Any]:
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _no_bill(error) from error
-    if not isinstance(document, dict):
-        raise _no_bill(TypeError("not an object"))
-    return document
-
-
-def _no_bill(error: Exception) -> CellFailedError:
-    return CellFailedError("not a bill of materials of ours", why=f"{type(error).__name__}: {quoted(error)}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import __version__, attestation, proof, provenance, referrers
+from builder import __version__, attestation, bills, proof, provenance, referrers
 from builder import report as reports
 from builder.attestation import Beside, Found
 from builder.cosign import Trust
@@ -312,12 +312,13 @@ def _judged(
         return [], list(error.problems)
     known.append(facts)
     problems += _declared(published, made, plan, where)
-    found, contradictions = _bill(beside, believed[Predicate.BILL], plan, where)
+    bill = believed[Predicate.BILL][-1].statement.predicate
+    found, contradictions = _bill(beside, believed[Predicate.BILL], bill, plan, where)
     known.append(found)
     problems += contradictions
     for tier in tiers:
         try:
-            known += _verdict(believed[Predicate.VERDICT], tier, published.digest, plan, where)
+            known += _verdict(believed[Predicate.VERDICT], tier, published.digest, plan, bill=bill, where=where)
         except TorchyardError as error:
             problems += error.problems
     return known, problems
@@ -368,9 +369,10 @@ def _declared(published: _Published, made: Made, plan: Plan, where: str) -> Iter
             )  # fmt: skip
 
 
-def _bill(beside: Beside, candidates: Sequence[Found], plan: Plan, where: str) -> tuple[Known, list[Problem]]:
-    """Compare the bill of materials with the lock, and with the unsigned copies of it that scanners read."""
-    bill = candidates[-1].statement.predicate
+def _bill(
+    beside: Beside, candidates: Sequence[Found], bill: Mapping[str, Any], plan: Plan, where: str
+) -> tuple[Known, list[Problem]]:
+    """Compare the bill of materials with the lock, and the unsigned copies that scanners read with the candidates."""
     problems = []
     signed = {canonical_json(one.statement.predicate) for one in candidates}
     for copy in beside.bills:
@@ -409,8 +411,13 @@ def _bill(beside: Beside, candidates: Sequence[Found], plan: Plan, where: str) -
     return Known(what="bill of materials", detail=f"{len(listed)} components, those of the locks among them"), problems
 
 
-def _verdict(candidates: Sequence[Found], tier: int, digest: str, plan: Plan, where: str) -> list[Known]:
-    """Return what the last validation that tried a tier saw; raises CellFailedError if that does not prove the cell."""
+def _verdict(
+    candidates: Sequence[Found], tier: int, digest: str, plan: Plan, *, bill: Mapping[str, Any], where: str
+) -> list[Known]:
+    """Return what the last validation that tried a tier saw.
+
+    Raises CellFailedError if that does not prove the cell, or is not what its bill of materials lists.
+    """
     tried = []
     for found in candidates:
         document = found.statement.predicate.get("report")
@@ -439,6 +446,13 @@ def _verdict(candidates: Sequence[Found], tier: int, digest: str, plan: Plan, wh
     contradictions = tuple(proof.differences(plan, {"facts": facts, "errors": {}}))
     if contradictions:
         raise CellFailedError("what was observed is not what is declared", where=where, problems=contradictions)
+    if unlisted := tuple(bills.unreported(bill, last.report.environment.packages)):
+        raise CellFailedError(
+            "a container of the image reported other packages than its bill of materials lists",
+            where=where,
+            problems=unlisted,
+            tries=("do not rely on the bill; tell whoever publishes the image",),
+        )
     shown = (
         f"torch {facts['torch']}",
         f"CUDA {facts['cuda']}",

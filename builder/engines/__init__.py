@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -104,6 +105,23 @@ class Builder(Protocol):
 
         `base` is the bootstrap base as made from its lock, None if the plan starts from a registry image.
         """
+
+
+class Arrivals(AbstractContextManager["Arrivals"], Protocol):
+    """Makes what images consist of while the wheels arrive; when the context ends, all that can be made is.
+
+    What fails is left: the build of the image meets it again, and raises it.
+    """
+
+    def arrived(self, sha256: str) -> None:
+        """Take note that a wheel is in the store."""
+
+
+class StoreBuilder(Builder, Protocol):
+    """Makes images in the store, of parts that many images have in common."""
+
+    def arrivals(self, plans: Iterable[tuple[Plan, BaseImage | None]], *, store: Store, steps: Steps) -> Arrivals:
+        """Return what makes the parts of all the images, once its context begins."""
 
 
 class Runner(Protocol):

@@ -25,16 +25,17 @@ ORDER = (
     # The store, and what fills it.
     "store", "foreign", "fetching", "transfer", "index", "lock",
     # The base: a file system of Debian packages.
-    "program", "tar", "compress", "layout", "reference", "credentials", "registry", "upload", "journal", "rootfs",
-    "difference", "debian", "baselock", "bootstrap", "base",
+    "program", "tar", "compress", "layout", "memory", "reference", "credentials", "registry", "upload", "journal",
+    "rootfs", "difference", "debian", "baselock", "bootstrap", "base",
     # From a plan to a proven image.
     "render", "project", "engines",
     # The engine that makes layers of wheels.
     "engines.oci.wheel", "engines.oci.install", "engines.oci.evidence", "engines.oci.recipe", "engines.oci.splice",
     "engines.oci.bytecode", "engines.oci.contents", "engines.oci.foundation", "engines.oci.stack", "engines.oci.layers",
-    "engines.oci.inventory", "engines.oci.entries", "engines.oci.installed", "engines.oci",
+    "engines.oci.inventory", "engines.oci.entries", "engines.oci.installed", "engines.oci.image",
+    "engines.oci.arrivals", "engines.oci",
     # Its neighbours, and what uses them.
-    "engines.*", "export", "proof", "build", "size", "licences", "sbom", "validate",
+    "engines.*", "export", "proof", "build", "size", "licences", "bills", "sbom", "validate",
     # What a validation found, and the forms it is read in.
     "report", "reports.plots", "reports.figures", "reports.junit_xml", "reports.summary", "reports.textfile",
     "reports.page", "reports",
@@ -42,6 +43,8 @@ ORDER = (
     "gate", "verdicts", "statement", "cosign", "referrers", "provenance", "attestation", "push", "verify",
     # The same again.
     "listing", "compare", "reproduce",
+    # What nobody needs any more.
+    "gc",
     # The command line.
     "update", "console", "cli", "__main__",
 )  # fmt: skip
@@ -53,8 +56,8 @@ ONLY_IN: Mapping[str, frozenset[str]] = {
     "requests": frozenset({"builder.transfer", "builder.engines.docker"}),
     "urllib3": frozenset({"builder.transfer"}),
     "pypi_simple": frozenset({"builder.index"}),
-    "http": frozenset({"builder.index"}),
-    "socket": frozenset({"builder.index"}),
+    "http": frozenset({"builder.index", "builder.transfer"}),
+    "socket": frozenset({"builder.index", "builder.transfer"}),
     "yaml": frozenset({"builder.reading"}),
     "click": frozenset({"builder.cli"}),
     "cyclonedx": frozenset({"builder.sbom"}),

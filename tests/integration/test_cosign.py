@@ -73,6 +73,27 @@ def test_what_does_not_hold_is_refused(tmp_path: Path) -> None:
         assert refused(trust, garbage)
 
 
+def test_whose_signature_it_is_can_be_told_without_a_public_key(tmp_path: Path) -> None:
+    signer, _ = pair(tmp_path)
+    other, _ = pair(tmp_path, "other")
+    bundle = signer.sign(STATEMENT.dumps())
+    altered = json.loads(bundle)
+    altered["dsseEnvelope"]["payload"] = base64.b64encode(STATEMENT.dumps().replace(b"a-cell", b"b-cell")).decode()
+    told = [
+        whose.has_signed(content, digest=digest, predicate_type=kind)
+        for whose, content, digest, kind in (
+            (signer, bundle, DIGEST, KIND),
+            (other, bundle, DIGEST, KIND),
+            (Signer(), bundle, DIGEST, KIND),
+            (signer, bundle, "sha256:" + "00" * 32, KIND),
+            (signer, bundle, DIGEST, Predicate.VERDICT),
+            (signer, json.dumps(altered).encode(), DIGEST, KIND),
+            (signer, b"{}", DIGEST, KIND),
+        )
+    ]
+    assert told == [True, *[False] * 6]
+
+
 def test_a_wrong_password_is_said_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     signer, _ = pair(tmp_path)
     monkeypatch.setenv("COSIGN_PASSWORD", "canary-wrong")

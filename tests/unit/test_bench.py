@@ -21,7 +21,7 @@ import pytest
 from packaging.version import Version
 
 from bench import __main__ as bench
-from bench import containers, floor, report
+from bench import command, containers, floor, report
 from bench.peers import PEERS
 from bench.process import shown, timed
 from bench.results import Entry, Results, dumps, loads, pulled, ratio
@@ -276,16 +276,16 @@ def plotting() -> None:
 
 def test_the_default_cell_is_stock_and_small_means_the_cpu() -> None:
     cells = Project(ROOT / "matrix.yaml").cells
-    assert bench.chosen(cells, small=False).cudnn_is_stock
-    assert bench.chosen(cells, small=False).id.startswith(bench.CELL.removesuffix("*"))
-    assert bench.chosen(cells, small=True).cuda == "cpu"
+    assert command.chosen(cells, small=False).cudnn_is_stock
+    assert command.chosen(cells, small=False).id.startswith(command.CELL.removesuffix("*"))
+    assert command.chosen(cells, small=True).cuda == "cpu"
     with pytest.raises(MatrixError, match="CPU cell"):
-        bench.chosen([cell for cell in cells if cell.cuda != "cpu"], small=True)
+        command.chosen([cell for cell in cells if cell.cuda != "cpu"], small=True)
 
 
 def test_the_neighbour_has_the_next_torch_and_all_else_alike() -> None:
     cells = Project(ROOT / "matrix.yaml").cells
-    cell = bench.chosen(cells, small=False)
+    cell = command.chosen(cells, small=False)
 
     def like(torch: str, **changes: Any) -> Cell:
         return replace(cell, torch=Version(torch), **changes)
@@ -293,9 +293,9 @@ def test_the_neighbour_has_the_next_torch_and_all_else_alike() -> None:
     later, latest = like("90.1"), like("90.2")
     others = [like("90.0", cuda="99.0"), like("90.0", base_name="other"), like("90.0", cudnn_is_stock=False)]
     family = [latest, *others, later, cell, like("0.1")]
-    assert bench.neighbour_of(cell, family) is later
-    assert bench.neighbour_of(later, family) is latest
-    assert bench.neighbour_of(latest, family) is None
+    assert command.neighbour_of(cell, family) is later
+    assert command.neighbour_of(later, family) is latest
+    assert command.neighbour_of(latest, family) is None
 
 
 @pytest.mark.parametrize("arguments", [["--only", "x"], ["--only", ","], ["--repeat", "many"]])

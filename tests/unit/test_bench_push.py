@@ -14,18 +14,20 @@ from pathlib import Path
 import pytest
 
 from bench import push as bench
+from bench.command import chosen_keys
 from bench.process import Spent
 from bench.push import Results, Sent, dumps, findings, loads, markdown
 from bench.registries import KeepingSink, Sink, asked
 from bench.report import X
 from builder import layout, push, tar
 from builder.credentials import Configuration
-from builder.errors import MatrixError, SourceError
+from builder.errors import ImpossibleError, MatrixError, SourceError
 from builder.fetching import Silent
 from builder.layout import Descriptor, Image
 from builder.push import Tags
 from builder.store import Store
 from builder.upload import Way, push_blob
+from tests.support.cosign import Cosign
 
 RECORDED = Results(
     started="2026-11-21 21:00 UTC",
@@ -43,6 +45,8 @@ RECORDED = Results(
         Sent(key="push", name="torchyard → docker-registry", seconds=(16.0, 14.0, 15.0)),
         Sent(key="again", name="… the same image again", seconds=(1.0, 1.5, 0.9), requests={"HEAD": 30}),
         Sent(key="next", name="… then its neighbour", seconds=(7.0,), bytes_received=1_550_000_000),
+        Sent(key="evidence", name="… an unchanged image, with signed evidence", seconds=(2.0, 1.25, 1.5),
+             requests={"GET": 10, "HEAD": 31}, prepared_seconds=9.0, prepared="torchyard push"),
         Sent(key="skopeo", name="skopeo copy → docker-registry", seconds=(20.0,), prepared_seconds=25.0,
              prepared="torchyard export", commands=("skopeo copy",)),
         Sent(key="docker", name="docker push → docker-registry", failure="no engine"),
@@ -122,7 +126,9 @@ def test_the_report_compares_with_both_copies_and_with_torchyard() -> None:
     assert "**failed** · docker push → docker-registry: no engine" in text
     assert {line.count(" | ") for line in rows if "docker-registry" in line} == {10}
     words = " ".join(findings(RECORDED))
-    assert "30 HEAD, nothing else; 1.00 s" in words
+    assert "An unchanged image: 30 HEAD, nothing else; 1.00 s" in words
+    assert "An unchanged image with its evidence: 10 GET, 31 HEAD, nothing else; 1.50 s" in words
+    assert "| … an unchanged image, with signed evidence | 1.5 s |  |  |  | 9.0 s |" in text
     assert "took 45.0 s with what goes before it: 3.0 times torchyard" in words
     assert RECORDED.failed
     assert not replace(RECORDED, entries=RECORDED.entries[:-1]).failed
@@ -131,16 +137,49 @@ def test_the_report_compares_with_both_copies_and_with_torchyard() -> None:
 def test_results_can_be_read_back() -> None:
     assert loads(dumps(RECORDED)) == RECORDED
     assert json.loads(dumps(RECORDED))["entries"][0]["median_seconds"] == 2.0
+    recorded = Path(__file__).parents[2] / "docs" / "bench"
+    for path in recorded.glob("push*.json"):
+        assert loads(path.read_text("utf-8"), where=path.name).entry("push") is not None
     for text in ("", "{}", dumps(replace(RECORDED, schema=2))):
         with pytest.raises(MatrixError):
             loads(text)
 
 
-@pytest.mark.parametrize("text", ["", "copy,nothing", "again", "next,copy"])
+@pytest.mark.parametrize("text", ["", "copy,nothing", ","])
 def test_contenders_that_are_none(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        bench._keys(text)
-    assert bench._keys("again, push,copy") == ("copy", "push", "again")
+        chosen_keys(text, tuple(bench.NAMES))
+    assert chosen_keys("again, push,copy", tuple(bench.NAMES)) == ("copy", "push", "again")
+
+
+@pytest.mark.parametrize("text", ["again", "next,copy", "evidence"])
+def test_what_goes_on_from_a_push_needs_one(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--small", "--only", text, "--out", str(tmp_path)]) == MatrixError.exit_code
+    assert "go on from push" in capsys.readouterr().err
+
+
+def test_its_help_says_what_every_contender_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench.main(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for key, name in bench.NAMES.items():
+        assert f"{key}: {name}" in text
+    assert "has to have been validated" in text
+
+
+def test_evidence_needs_a_verdict_before_anything_is_measured(
+    tmp_path: Path, store: Store, image: Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Cosign(tmp_path / "cosign", monkeypatch)
+    monkeypatch.setenv("TORCHYARD_HOME", str(store.root))
+    monkeypatch.setattr(bench, "_image", lambda *_: image)
+    out = tmp_path / "out"
+    assert bench.main(["--small", "--only", "push,evidence", "--out", str(out)]) == ImpossibleError.exit_code
+    said = capsys.readouterr().err
+    assert "has no passing verdict, and so there is no evidence to push" in said
+    assert "torchyard validate torch2.13.0-cpu-py3.11-bookworm-runtime" in said
+    assert not out.exists()
 
 
 def test_a_cell_that_is_not_built_is_refused(

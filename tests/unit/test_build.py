@@ -18,7 +18,7 @@ import pytest
 from builder import base
 from builder.build import BYTES, CONTAINER, LOADED, EngineSession, Image, StoreSession, build_all, complete
 from builder.engines import BuiltImage, RunResult, Steps
-from builder.engines.oci import OciEngine
+from builder.engines.oci import OciEngine, bytecode, splice
 from builder.errors import (
     CellFailedError,
     DiskError,
@@ -202,7 +202,13 @@ def test_what_its_bytes_prove_is_done(one: Ready, tmp_path: Path) -> None:
     assert image.tags == one.plan.cell.tags
     assert image.facts["cudnn_number"] == 91002
     (record,) = records(one.store)
-    assert record == {"digest": image.digest, "size_bytes": image.size_bytes, "proof": [BYTES], "facts": image.facts}
+    assert record == {
+        "digest": image.digest,
+        "size_bytes": image.size_bytes,
+        "proof": [BYTES],
+        "facts": image.facts,
+        "recipe": OciEngine.recipe,
+    }
 
 
 def test_missing_wheels_are_fetched(one: Ready, tmp_path: Path) -> None:
@@ -226,6 +232,21 @@ def test_rebuild_makes_it_again(one: Ready, tmp_path: Path) -> None:
     again = session_of(one, tmp_path, rebuild=True)[0].build(one.plan)
     assert not again.reused
     assert again.digest == first.digest
+
+
+def test_what_another_recipe_made_is_made_again(one: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is older than this torchyard must not give other digests than one that is new."""
+    monkeypatch.setattr("builder.build._RECIPES", {"oci": "0"})
+    assert not session_of(one, tmp_path)[0].build(one.plan).reused
+    assert session_of(one, tmp_path)[0].build(one.plan).reused
+    assert complete(one.plan, one.store, builder="oci") is not None
+    monkeypatch.undo()
+    assert complete(one.plan, one.store, builder="oci") is None
+    assert not session_of(one, tmp_path)[0].build(one.plan).reused
+
+
+def test_the_recipe_of_an_image_is_that_of_its_layers() -> None:
+    assert OciEngine.recipe == f"{base.RECIPE}.{splice.RECIPE}.{bytecode.RECIPE}"
 
 
 @pytest.mark.parametrize("lost", ["manifest", "wheel", "record", "rubbish"])

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ import pytest
 import requests
 from click.testing import CliRunner, Result
 
+from builder import cli as commands
 from builder.baselock import BaseLock
 from builder.cli import cli
-from builder.errors import LockError, TorchyardError
+from builder.errors import EngineError, InterruptedRunError, LockError, MatrixError, TorchyardError
 from builder.project import Project
+from tests.support.reports import document, finding, result
 
 ROOT = Path(__file__).parents[2]
 CPU = "torch2.13.0-cpu-py3.11-bookworm-runtime"
@@ -257,6 +259,108 @@ def test_waivers_that_are_none_are_2_and_nothing_runs(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert 'waivers[0].check: there is no check "run.*"' in result.stderr
     assert not (tmp_path / "r").exists()
+
+
+# --------------------------------------------------------------------------- validate
+
+
+def validated(monkeypatch: pytest.MonkeyPatch, *ends: Mapping[str, Any] | TorchyardError) -> Callable[..., Result]:
+    """Return the verb for images of which each is validated as told: a report comes, or an error."""
+
+    def target(number: int, end: Mapping[str, Any] | TorchyardError) -> commands._Target:
+        def ran(on_event: Callable[[Mapping[str, Any]], None]) -> tuple[None, dict[str, Any]]:
+            on_event({"event": "result", "id": "run.import", "text": ["ok     run.import"]})
+            if isinstance(end, TorchyardError):
+                raise end
+            return None, dict(end)
+
+        return commands._Target(f"image:{number}", ran)
+
+    targets = [target(number, end) for number, end in enumerate(ends, 1)]
+    monkeypatch.setattr(commands, "_targets", lambda *_, **__: iter(targets))
+    return lambda *arguments: run("validate", "image", *arguments)
+
+
+PASSED = document([result("run.import")], tiers={"1": True})
+FAILED = document([result("run.import", "fail", findings=[finding("torch does not import")])], tiers={"1": False})
+WITHOUT_GPU = EngineError("the engine cannot give a container a GPU", where="image:1", why="no driver", tries=("run",))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_was_validated_is_one_document(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    ran = validated(monkeypatch, *[PASSED, FAILED][:count])("--json")
+    assert ran.exit_code == count - 1
+    documents = json.loads(ran.stdout)
+    assert [one["subject"] for one in documents] == ["image:1", "image:2"][:count]
+    assert [one["exit_code"] for one in documents] == [0, 1][:count]
+    assert [one["problems"] for one in documents] == [[]] * count
+    for one in documents:
+        assert one["report"] == json.loads((Path(one["directory"]) / "report.json").read_text("utf-8"))
+    assert "ok     run.import" in ran.stderr, "people are told as it goes on"
+
+
+def test_what_could_not_be_validated_is_in_that_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = validated(monkeypatch, WITHOUT_GPU, PASSED)("--json")
+    assert ran.exit_code == 3
+    first, second = json.loads(ran.stdout)
+    assert first == {
+        "subject": "image:1",
+        "exit_code": 3,
+        "directory": None,
+        "report": None,
+        "problems": [
+            {
+                "what": "the engine cannot give a container a GPU",
+                "where": "image:1",
+                "why": "no driver",
+                "tries": ["run"],
+            }
+        ],
+    }
+    assert (second["exit_code"], second["problems"]) == (0, [])
+
+
+OTHERS = [kind for kind in TorchyardError.__subclasses__() if kind not in (MatrixError, InterruptedRunError)]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["", "json"])
+@pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: kind.__name__)
+def test_whatever_keeps_an_image_from_being_validated_is_3(
+    monkeypatch: pytest.MonkeyPatch, kind: type[TorchyardError], options: list[str]
+) -> None:
+    """The codes of other verbs mean something else here: 4 is a stale lock there, and a check that did not run here."""
+    error = kind("it is so", where="there", why="that is why", tries=("try this",))
+    ran = validated(monkeypatch, error)(*options)
+    assert ran.exit_code == 3
+    assert "error it is so\n  where there\n  why   that is why\n  try   try this\n" in ran.stderr
+
+    def refused(*_: object, **__: object) -> Iterator[commands._Target]:
+        raise error
+        yield
+
+    monkeypatch.setattr(commands, "_targets", refused)
+    ran = run("validate", "image", *options)
+    assert ran.exit_code == 3
+    assert "error it is so\n" in ran.stderr
+
+
+def test_what_was_asked_wrongly_is_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert validated(monkeypatch, MatrixError("no such profile"))().exit_code == 2
+    assert validated(monkeypatch, MatrixError("no such profile"), MatrixError("no such profile"))().exit_code == 2
+    assert validated(monkeypatch, MatrixError("no such profile"), WITHOUT_GPU)().exit_code == 3
+
+
+def test_reports_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    ran = validated(monkeypatch, PASSED)("--report-dir", str(tmp_path / "file" / "reports"))
+    assert ran.exit_code == 2
+    assert "the reports cannot be written" in ran.stderr
+
+
+def test_every_code_of_a_validation_stands_in_its_help() -> None:
+    text = run("validate", "--help").stdout
+    for code in (0, 1, 2, 3, 4, 5):
+        assert re.search(rf"^ +{code}  \S", text, re.MULTILINE), code
 
 
 def test_what_cannot_be_understood_is_2() -> None:

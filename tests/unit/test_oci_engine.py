@@ -23,9 +23,10 @@ from typing import Any
 import pytest
 
 from builder import export, proof, tar
-from builder.engines.oci import OciEngine, bytecode, install, layers, recipe, run_config
+from builder.engines.oci import OciEngine, bytecode, install, layers, recipe
 from builder.engines.oci.bytecode import Interpreter, cache_path
 from builder.engines.oci.foundation import foundation_of
+from builder.engines.oci.image import run_config
 from builder.engines.oci.install import SITE
 from builder.engines.oci.splice import TIME
 from builder.engines.oci.stack import Group

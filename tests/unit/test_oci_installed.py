@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterator, Sequence
 
 import pytest
 
-from builder import tar
+from builder import layout, tar
 from builder.engines.oci import installed as installing
+from builder.engines.oci.entries import Entry, Wanted, entries
 from builder.engines.oci.installed import dist_info, identity, installed
 from builder.layout import Layer
 from builder.store import Store
@@ -103,17 +107,80 @@ def test_each_thing_is_found_in_its_layer(store: Store) -> None:
     assert (program.path, program.layer) == ("/opt/venv/bin/torchyard-start", own.blob.digest)
 
 
-def test_it_is_remembered_for_these_very_layers(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def walked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the layers that are walked through from now on, as that happens."""
+    found: list[str] = []
+
+    def walk(store: Store, layer: Layer, wanted: Wanted) -> Iterator[Entry]:
+        found.append(layer.blob.digest)
+        return entries(store, layer, wanted)
+
+    monkeypatch.setattr(installing, "entries", walk)
+    return found
+
+
+def test_a_layer_is_walked_through_once_in_whatever_image_it_is(store: Store, walked: list[str]) -> None:
+    base, one, other = layers(
+        store,
+        [status("b 1 all"), metadata("a", "1"), text("usr/bin/x"), directory("opt")],
+        [metadata("c", "1"), text("opt/venv/bin/torchyard-x", "x")],
+        [text(f"{SITE}/.wh.a-1.dist-info")],
+    )
+    first, second = installed(store, [base, one]), installed(store, [base, other])
+    assert walked == [layer.blob.digest for layer in (base, one, other)]
+    assert installed(store, [base, one]) == first
+    assert installed(store, [base, other]) == second
+    assert ([it.name for it in first.distributions], second.distributions) == (["a", "c"], ())
+    assert len(walked) == 3
+    assert installed(store, [base, one], anew=True) == first
+    assert walked[3:] == [layer.blob.digest for layer in (base, one)]
+
+
+def test_what_is_remembered_of_a_layer_says_all_that_it_said(store: Store) -> None:
+    """Any order of layers, asked for twice: what a layer says does not depend on those that lay below it before."""
+    link = tar.Entry(path="opt/venv", kind=tar.Kind.SYMLINK, mode=0o777, target="/elsewhere")
+    these = layers(
+        store,
+        [status("x 1 all", "y 1 all"), metadata("a", "1"), text("opt/venv/bin/torchyard-x", "1")],
+        [link],
+        [status("x 2 all"), text(f"{SITE}/.wh..wh..opq"), metadata("b", "1")],
+        [directory(STATUS), text("opt/venv/bin/torchyard-x", "2"), text("opt/venv/.wh.bin")],
+        [text("var/lib/dpkg/info/p.list", f"/{SITE}/a-1.dist-info\n"), metadata("a", "1")],
+    )
+    for order in itertools.permutations(these):
+        anew = installed(store, order, anew=True)
+        assert installed(store, order) == anew
+
+
+def test_what_is_damaged_or_of_another_version_is_looked_for_again(
+    store: Store, walked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     these = layers(store, [metadata("a", "1"), status("b 1 all"), text("opt/venv/bin/torchyard-x", "x")])
     first = installed(store, these)
     (kept,) = (store.root / "installed").iterdir()
-    for rubbish in (b"", b"[]", b"{}", b"\xff", b'{"distributions":[{}],"debian":[],"programs":[]}'):
+    whole = kept.read_bytes()
+    for rubbish in (b"", b"[]", b"{}", b"\xff", whole[:-9], whole[64:], whole.replace(b"\n", b"\n\n", 1)):
         kept.write_bytes(rubbish)
+        walked.clear()
         assert installed(store, these) == first
-    monkeypatch.setattr(installing, "entries", lambda *_: pytest.fail("read again"))
+        assert (len(walked), kept.read_bytes()) == (1, whole)
+    monkeypatch.setattr(installing, "SCHEMA", installing.SCHEMA + 1)
     assert installed(store, these) == first
-    with pytest.raises(pytest.fail.Exception):
-        installed(store, [*these, *layers(store, [metadata("b", "1")])])
+    assert len(walked) == 2
+
+
+def test_names_that_are_no_utf_8_are_remembered(store: Store, walked: list[str]) -> None:
+    with tarfile.open(fileobj=(file := io.BytesIO()), mode="w", format=tarfile.GNU_FORMAT) as archive:
+        info = tarfile.TarInfo("usr/share/\udcff\udc80.dist-info/METADATA")
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"abc"))
+    with store.scratch("odd") as scratch:
+        layer = layout.gzip_layer(store, [file.getvalue()], scratch=scratch)
+    first = installed(store, [layer])
+    assert [it.path for it in first.distributions] == ["/usr/share/\udcff\udc80.dist-info"]
+    assert installed(store, [layer]) == first
+    assert len(walked) == 1
 
 
 def test_a_whiteout_takes_away_what_lies_below_it(store: Store) -> None:

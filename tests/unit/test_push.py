@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from builder import aliases, gate, layout, matrix, push, sbom, tar, transfer
+from builder import aliases, bills, gate, layout, matrix, push, tar, transfer
 from builder import build as builds
 from builder import project as projects
 from builder.cli import cli
@@ -155,6 +155,49 @@ def test_an_image_arrives_and_gets_its_tags_last(shipping: Shipping, tmp_path: P
     reference = f"{shipping.server.host}/{REPOSITORY}@{shipping.digest}"
     pulled = pull(reference, platform="linux/amd64", store=Store.open(tmp_path / "other"))
     assert pulled.layers == shipping.image.layers
+
+
+def labelled(store: Store, cell: str | None, name: str) -> Image:
+    """Make an image of one layer and of a cell; of none that torchyard knows if it is None."""
+    image = made(store, name)
+    labels = {} if cell is None else {"torchyard.cell": cell}
+    return layout.assemble(store, architecture="amd64", config={"Labels": labels}, epoch=0, layers=image.layers)
+
+
+def test_a_tag_of_one_cell_never_goes_to_another(shipping: Shipping) -> None:
+    mine = Tags(own=("2.8.0-runtime",), moving=("2.8-runtime",), cell="cell-a")
+    first, second, foreign = (
+        labelled(shipping.store, cell, name) for cell, name in (("cell-a", "1"), ("cell-a", "2"), ("cell-b", "3"))
+    )
+    shipping.push(first, mine)
+    shipping.push(second, mine)
+    assert set(shipping.tags.values()) == {second.manifest.digest}
+    theirs = replace(mine, cell="cell-b")
+    received = shipping.server.received
+    for dry in (True, False):
+        said = shipping.refused(CellFailedError, image=foreign, tags=theirs, dry=dry)
+        assert "the tag 2.8.0-runtime is another cell's" in said
+        assert f"{shipping.server.host}/{REPOSITORY}:2.8.0-runtime" in said
+        assert "an image of 'cell-a'; who pinned it would get one of cell-b" in said
+        assert "2.8-runtime is another" not in said
+    assert shipping.server.received == received
+    assert set(shipping.tags.values()) == {second.manifest.digest}
+
+
+def test_a_tag_that_is_meant_to_goes_from_cell_to_cell(shipping: Shipping) -> None:
+    shipping.push(labelled(shipping.store, "cell-a", "1"), Tags(moving=("latest",), cell="cell-a"))
+    other = labelled(shipping.store, "cell-b", "2")
+    shipping.push(other, Tags(own=("2.8.1-runtime",), moving=("latest",), cell="cell-b"))
+    assert set(shipping.tags.values()) == {other.manifest.digest}
+
+
+@pytest.mark.parametrize("content", [b'{"schemaVersion": 2}', b'{"manifests": []}', b"[]", b"\xff", b'{"config": 1}'])
+def test_a_tag_of_what_is_no_image_of_a_cell_is_taken(shipping: Shipping, content: bytes) -> None:
+    shipping.server.tag(REPOSITORY, "own", content)
+    image = labelled(shipping.store, "cell-a", "1")
+    shipping.push(labelled(shipping.store, None, "2"), Tags(moving=("unknown",)))
+    shipping.push(image, Tags(own=("own", "unknown"), cell="cell-a"))
+    assert set(shipping.tags.values()) == {image.manifest.digest}
 
 
 def test_an_unchanged_image_is_only_asked_for(shipping: Shipping) -> None:
@@ -556,13 +599,13 @@ def test_only_a_proven_image_gets_the_names_of_its_cell(store: Store) -> None:
     unproven = found(unproven=True)
     assert unproven.verdicts == ()
     assert unproven.image == gate.marked(store, image)
-    assert unproven.tags == Tags(moving=tuple(f"{name}-unproven" for name in CELL.tag_names))
+    assert unproven.tags == Tags(own=tuple(f"{name}-unproven" for name in CELL.tag_names), cell=CELL.id)
     passing(store, digest)
     for flag in (False, True):
         proven = found(unproven=flag)
         assert [verdict.tier for verdict in proven.verdicts] == [1]
         assert proven.image == image
-        assert proven.tags == Tags(fixed=(DATED,), moving=(*CELL.tag_names, "2.8-cuda12.8-runtime"))
+        assert proven.tags == Tags(fixed=(DATED,), own=CELL.tag_names, moving=("2.8-cuda12.8-runtime",), cell=CELL.id)
 
 
 def test_the_days_next_tag_is_taken_where_one_is_another_images(store: Store) -> None:
@@ -633,9 +676,8 @@ def project(server: PushServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     # Whether images/ is fresh is for other tests to say.
     monkeypatch.setattr(projects.Project, "fresh_plans", projects.Project.plans)
     # These images hold nothing of what a bill would list.
-    monkeypatch.setattr(sbom, "bill", lambda *_: b'{"bomFormat": "CycloneDX"}')
-    for check in ("check", "check_reported"):
-        monkeypatch.setattr(sbom, check, lambda *_, **__: None)
+    monkeypatch.setattr(bills, "checked", lambda *_: b'{"bomFormat": "CycloneDX"}')
+    monkeypatch.setattr(bills, "check_reported", lambda *_, **__: None)
     return Project(root=root, server=server, store=store, digests=digests)
 
 
@@ -671,6 +713,21 @@ def test_the_verb_publishes_what_is(project: Project) -> None:
     assert [one["name"] for one in first["tags"]] == [DATED, CUDA, first["id"], "2.8-cuda12.8-runtime"]
     assert [one["name"] for one in second["tags"]][1:] == [OTHER, second["id"], "2.9-cuda12.8-runtime"]
     assert project.server.tags[REPOSITORY]["2.8-cuda12.8-runtime"] == first["digest"]
+
+
+def test_a_bill_that_does_not_fit_the_image_stops_the_push(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    project.run(CUDA)
+    passing(project.store, next(iter(project.digests.values())))
+
+    def differing(*_: object) -> bytes:
+        raise CellFailedError("the image holds something else")
+
+    monkeypatch.setattr(bills, "checked", differing)
+    found = project.run(CUDA)
+    assert found.exit_code == 1
+    assert "the image holds something else" in found.stderr
+    assert not project.server.received
+    assert not project.server.tags
 
 
 def test_one_cell_that_is_refused_does_not_stop_the_others(project: Project) -> None:

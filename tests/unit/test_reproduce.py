@@ -652,7 +652,7 @@ def run(published: Published, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     for plan in published.project.plans(published.project.cells):
         published.project.write(plan)
     monkeypatch.setenv("TORCHYARD_HOME", str(published.workshop.store.root))
-    monkeypatch.setattr(commands, "Index", lambda: published.workshop.index)
+    monkeypatch.setattr("builder.index.Index", lambda: published.workshop.index)
 
     def invoke(*arguments: str) -> Result:
         found = CliRunner().invoke(commands.cli, ["reproduce", "-m", str(published.project.matrix_path), *arguments])

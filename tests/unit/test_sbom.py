@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +19,12 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
 
-from builder import export, layout, sbom, tar
+from builder import bills, export, layout, sbom, tar
 from builder.build import StoreSession
 from builder.cli import cli
 from builder.debian import Deb
-from builder.engines.oci import OciEngine
+from builder.engines.oci import OciEngine, recipe
+from builder.engines.oci import installed as installing
 from builder.errors import CellFailedError, HashMismatchError, ImpossibleError, MatrixError
 from builder.layout import Image
 from builder.project import Project
@@ -52,7 +54,7 @@ ROOT = Path(__file__).parents[2]
 SITE = "opt/venv/lib/python3/site-packages"
 STATUS = "var/lib/dpkg/status"
 DIGEST = "2903c3e1789067d6407079897cd33d5ce5b4b82cfbfb0856219a3714316d7ae1"
-"""SHA-256 of the bill of `whole`. Whoever changes what bills say changes it, raises sbom.VERSION, and says so in the
+"""SHA-256 of the bill of `whole`. Whoever changes what bills say changes it, raises bills.VERSION, and says so in the
 changelog: a published image has a bill, and the same version of torchyard must make the same one."""
 
 
@@ -106,7 +108,7 @@ class Made:
         return dict(json.loads(self.bill()))
 
     def check(self) -> None:
-        sbom.check(self.bill(), self.plan, self.store, self.image)
+        bills.check(self.bill(), self.plan, self.store, self.image)
 
     def problems(self) -> list[tuple[str, str]]:
         """Return what a check of its bill finds, and why."""
@@ -221,7 +223,7 @@ def require_valid(bill: bytes) -> None:
 def test_a_bill_is_valid_and_agrees_with_its_image(whole: Made) -> None:
     bill = whole.bill()
     require_valid(bill)
-    sbom.check(bill, whole.plan, whole.store, whole.image)
+    bills.check(bill, whole.plan, whole.store, whole.image)
     document = json.loads(bill)
     assert set(components(document)) == {
         "base",
@@ -563,7 +565,7 @@ def test_another_program_than_the_plans(whole: Made) -> None:
 def test_a_bill_of_another_image(whole: Made) -> None:
     other = with_layer(whole, tar.file_entry("x", b""))
     with pytest.raises(CellFailedError, match="another image"):
-        sbom.check(whole.bill(), other.plan, other.store, other.image)
+        bills.check(whole.bill(), other.plan, other.store, other.image)
 
 
 def changed(bill: bytes, **fields: object) -> bytes:
@@ -578,7 +580,131 @@ def test_what_is_no_bill_agrees_with_nothing(whole: Made) -> None:
         changed(bill, components=[{"name": "x", "purl": "pkg:deb/"}]),
     ):  # fmt: skip
         with pytest.raises(CellFailedError):
-            sbom.check(content, whole.plan, whole.store, whole.image)
+            bills.check(content, whole.plan, whole.store, whole.image)
+
+
+# --------------------------------------------------------------------------- what is kept
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Return how often a bill was made and checked from now on."""
+    counts: Counter[str] = Counter()
+
+    def counting(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*arguments: Any) -> Any:
+            counts[name] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(module, name, call)
+
+    counting(sbom, "bill")
+    counting(bills, "check")
+    return counts
+
+
+def checked(one: Made) -> bytes:
+    return bills.checked(one.plan, one.store, one.image, sbom.bill)
+
+
+def test_a_bill_that_was_right_is_kept_byte_for_byte(tmp_path: Path, counted: Counter[str]) -> None:
+    one = made(tmp_path / "home")
+    first = checked(one)
+    assert first == one.bill()
+    assert counted == {"bill": 2, "check": 1}
+    assert checked(one) == first
+    assert counted == {"bill": 2, "check": 1}
+
+
+def test_a_kept_bill_that_is_damaged_is_made_anew(tmp_path: Path, counted: Counter[str]) -> None:
+    one = made(tmp_path / "home")
+    first = checked(one)
+    (kept,) = (one.store.root / "bills").iterdir()
+    whole = kept.read_bytes()
+    for rubbish in (b"", b"{}", first, whole[:-5], whole[:100] + b"\0" + whole[101:], b"0" * 64 + whole[64:]):
+        kept.write_bytes(rubbish)
+        counted.clear()
+        assert checked(one) == first
+        assert counted == {"bill": 1, "check": 1}
+        assert kept.read_bytes() == whole
+
+
+def test_who_has_the_bill_does_not_load_what_makes_it() -> None:
+    code = "import sys, builder.push, builder.verify; print([name for name in sys.modules if 'cyclonedx' in name])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("what", ["VERSION", "CHECK", "SCHEMA", "__version__", "_LIBRARIES"])
+def test_another_version_makes_and_checks_it_anew(
+    tmp_path: Path, counted: Counter[str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    one = made(tmp_path / "home")
+    checked(one)
+    counted.clear()
+    monkeypatch.setattr(bills, what, {"__version__": "99", "_LIBRARIES": ("packaging",)}.get(what, 99))
+    checked(one)
+    assert counted == {"bill": 1, "check": 1}
+
+
+def test_another_input_makes_and_checks_it_anew(tmp_path: Path, counted: Counter[str]) -> None:
+    one = made(tmp_path / "home")
+    first, cell = checked(one), one.plan.cell
+    system = replace(one.plan.system_lock, debs=(*BELOW, *ABOVE, MISSING)) if one.plan.system_lock else None
+    plans = [
+        replace(one.plan, epoch=one.plan.epoch + 1),
+        replace(one.plan, cell=replace(cell, repository="other/name")),
+        replace(one.plan, cell=replace(cell, tag_names=("other", *cell.tag_names))),
+        replace(one.plan, validator=b"another"),
+        replace(one.plan, system_lock=system),
+    ]
+    for number, plan in enumerate(plans):
+        counted.clear()
+        try:
+            assert checked(replace(one, plan=plan)) != first
+        except CellFailedError:
+            assert number >= 3, "these are not what is in the image"
+        assert counted == {"bill": 1, "check": 1}
+    other = with_layer(one, tar.file_entry(f"{SITE}/.wh.mesh-1.0.dist-info", b""))
+    with pytest.raises(CellFailedError, match="is not what is in the image"):
+        checked(other)
+
+
+def test_a_bill_that_was_wrong_is_not_kept(tmp_path: Path) -> None:
+    one = made(tmp_path / "home", base=[status(*BELOW[:2])], system=None)
+    for _ in range(2):
+        with pytest.raises(CellFailedError):
+            checked(one)
+    assert not (one.store.root / "bills").exists()
+
+
+def test_a_bill_that_does_not_know_where_wheels_lie_is_not_kept(tmp_path: Path, counted: Counter[str]) -> None:
+    one = made(tmp_path / "home")
+    known = checked(one)
+    (one.store.root / "bills").rename(one.store.root / "away")
+    for layer in one.image.layers:  # As a store has them that got the layers themselves.
+        content = b"".join(recipe.pieces(one.store, layer.blob))
+        one.store.put(content)
+    (one.store.root / "recipes").rename(one.store.root / "gone")
+    counted.clear()
+    for _ in range(2):
+        assert properties(components(json.loads(checked(one)))["pypi/torch"]).get("layer") is None
+    assert counted == {"bill": 2, "check": 2}
+    (one.store.root / "gone").rename(one.store.root / "recipes")
+    assert checked(one) == known
+
+
+def test_what_is_remembered_of_a_layer_wrongly_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = made(tmp_path / "home")
+    with monkeypatch.context() as patch:
+        patch.setattr(installing, "identity", lambda *_: ("wrong", "0"))
+        with pytest.raises(CellFailedError):
+            one.check()
+    one.check()
 
 
 def test_a_damaged_wheel_gives_no_bill(tmp_path: Path) -> None:
@@ -592,12 +718,12 @@ def test_a_damaged_wheel_gives_no_bill(tmp_path: Path) -> None:
 def test_what_a_container_reports(whole: Made) -> None:
     bill = whole.bill()
     packages = dict(whole.plan.expectation.packages)
-    sbom.check_reported(bill, packages, name="tiny")
-    sbom.check_reported(bill, {**packages, "Torch": packages["torch"]}, name="tiny")
+    bills.check_reported(bill, packages, name="tiny")
+    bills.check_reported(bill, {**packages, "Torch": packages["torch"]}, name="tiny")
     other = {**packages, "numpy": "9", "surprise": "1"}
     del other["mesh"]
     with pytest.raises(CellFailedError) as caught:
-        sbom.check_reported(bill, other, name="tiny")
+        bills.check_reported(bill, other, name="tiny")
     assert [problem.what for problem in caught.value.problems[1:]] == [
         "mesh 1.0 is in the bill, and not in the image",
         "numpy is 9",
@@ -607,7 +733,7 @@ def test_what_a_container_reports(whole: Made) -> None:
 
 def test_what_is_vendored_is_not_reported(tmp_path: Path) -> None:
     one = made(tmp_path / "home", fixed(wheel("kit", "1.0", files=VENDORED)))
-    sbom.check_reported(one.bill(), one.plan.expectation.packages, name="tiny")
+    bills.check_reported(one.bill(), one.plan.expectation.packages, name="tiny")
 
 
 # --------------------------------------------------------------------------- hostile metadata

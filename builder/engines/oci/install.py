@@ -13,7 +13,6 @@ import io
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from installer.records import Hash, RecordEntry
 from installer.scripts import Script
@@ -67,7 +66,7 @@ def placed(wheel: Wheel) -> tuple[Placed, ...]:
 
 def _members(wheel: Wheel) -> Iterator[Placed]:
     for path, member in wheel.members.items():
-        parts = PurePosixPath(path).parts
+        parts = path.split("/")
         if parts[0] == wheel.dist_info and len(parts) == 2 and parts[1] in _NOT_INSTALLED:
             continue
         if "__pycache__" in parts:
@@ -122,13 +121,11 @@ def _scripts(wheel: Wheel) -> Iterator[Placed]:
 def _record(wheel: Wheel, files: list[Placed]) -> bytes:
     """Return the record of what is installed, with paths relative to site-packages, as `pip uninstall` reads it."""
     rows: list[RecordEntry] = []
-    site = PurePosixPath(SITE)
     for file in files:
-        path = PurePosixPath(file.path)
-        relative = (
-            path.relative_to(site) if path.is_relative_to(site) else PurePosixPath("../../..", path.relative_to(ROOT))
-        )
-        rows.append(RecordEntry(str(relative), _hash(file), _size(file)))
+        path = file.path.removeprefix(f"{SITE}/")
+        if path == file.path:
+            path = f"../../../{path.removeprefix(f'{ROOT}/')}"
+        rows.append(RecordEntry(path, _hash(file), _size(file)))
     rows.append(RecordEntry(f"{wheel.dist_info}/RECORD", None, None))
     scheme = Scheme("purelib")
     with construct_record_file([(scheme, row) for row in rows], lambda _: None) as stream:

@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, Self
 
 from builder import layout, tar
@@ -132,13 +133,17 @@ def refuse_collisions(layers: Iterable[Made]) -> None:
         for filename, paths in made.paths.items():
             for path, digest in paths.items():
                 require_equal(path, owners.setdefault(path, (filename, digest)), (filename, digest))
+    directories: set[str] = set()
     for path, (filename, _) in owners.items():
-        for parent in PurePosixPath(path).parents:
-            if str(parent) in owners:
+        parent = path.rpartition("/")[0]
+        while parent and parent not in directories:
+            if parent in owners:
                 raise WheelError(
-                    f"{owners[str(parent)][0]} installs /{parent} as a file, {filename} as a directory",
+                    f"{owners[parent][0]} installs /{parent} as a file, {filename} as a directory",
                     tries=("leave one of the two packages out of the variant",),
                 )
+            directories.add(parent)
+            parent = parent.rpartition("/")[0]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -165,14 +170,23 @@ def sources(wheel: LockedWheel, store: Store, *, python: str) -> Iterator[tuple[
 class Compiler:
     """The base's own Python, unpacked and started only when there is something to compile.
 
-    A context manager; what it unpacked is gone afterwards.
+    A context manager; what it unpacked is gone afterwards. Until then it holds in memory what it compiled of the
+    `shared` wheels (their hashes), which are to be in several layers.
     """
 
     def __init__(
-        self, foundation: Foundation, store: Store, *, python: str, workers: int, stopped: threading.Event
+        self,
+        foundation: Foundation,
+        store: Store,
+        *,
+        python: str,
+        workers: int,
+        stopped: threading.Event,
+        shared: Collection[str] = (),
     ) -> None:
         self._foundation, self._store, self._python, self._workers = foundation, store, python, workers
-        self._stopped = stopped
+        self._stopped, self._shared = stopped, shared
+        self._compiled: dict[str, list[tuple[str, bytes | None]]] = {}
         self._stack = contextlib.ExitStack()
         self._interpreter: Interpreter | None = None
 
@@ -224,8 +238,7 @@ class Compiler:
     def _entries(self, interpreter: Interpreter, wheels: Sequence[LockedWheel]) -> Iterator[tar.Entry]:
         directories: set[str] = set()
         done: set[str] = set()
-        texts = (it for wheel in wheels for it in sources(wheel, self._store, python=self._python))
-        for path, content in bytecode.compile_sources(interpreter, texts, workers=self._workers):
+        for path, content in self._compiles(interpreter, wheels):
             if self._stopped.is_set():
                 raise StoppedError
             place = SITE + bytecode.cache_path(path, interpreter.tag).partition("/site-packages")[2]
@@ -233,6 +246,34 @@ class Compiler:
                 done.add(place)
                 yield from parents(place, directories)
                 yield tar.file_entry(place, content, mode=FILE, mtime=TIME)
+
+    def _compiles(self, interpreter: Interpreter, wheels: Sequence[LockedWheel]) -> Iterator[tuple[str, bytes | None]]:
+        """Yield each source of the wheels and its bytecode, in order."""
+        for known, some in itertools.groupby(wheels, key=lambda wheel: wheel.sha256 in self._compiled):
+            if known:
+                yield from itertools.chain.from_iterable(self._compiled[wheel.sha256] for wheel in some)
+            else:
+                yield from self._compiles_anew(interpreter, tuple(some))
+
+    def _compiles_anew(
+        self, interpreter: Interpreter, wheels: Sequence[LockedWheel]
+    ) -> Iterator[tuple[str, bytes | None]]:
+        owners: deque[str] = deque()
+        shared: dict[str, list[tuple[str, bytes | None]]] = {
+            wheel.sha256: [] for wheel in wheels if wheel.sha256 in self._shared
+        }
+
+        def texts() -> Iterator[tuple[str, bytes]]:
+            for wheel in wheels:
+                for text in sources(wheel, self._store, python=self._python):
+                    owners.append(wheel.sha256)
+                    yield text
+
+        for done in bytecode.compile_sources(interpreter, texts(), workers=self._workers):
+            if (owner := owners.popleft()) in shared:
+                shared[owner].append(done)
+            yield done
+        self._compiled |= shared  # only now: of a part nobody would know that it is one
 
 
 # ----------------------------------------------------------------------------------------------------

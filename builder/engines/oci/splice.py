@@ -16,7 +16,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
 
 try:
@@ -48,9 +47,11 @@ _FLUSH = 1 << 20
 """Bytes of headers and small files after which a member is closed; bounds memory."""
 _PIECE = 256 << 10
 """Compressed bytes inflated at a time; what comes out still is in the processor's cache when it is hashed."""
-_OUT = 4 << 20
-_AHEAD = 8
-"""Pieces that may wait to be hashed; with _OUT it bounds memory."""
+_OUT = 1 << 20
+_BATCH = 1 << 20
+"""Bytes that are passed on to be hashed at a time, at least: most pieces are small, and passing one on costs more."""
+_AHEAD = 4
+"""Batches that may wait to be hashed; with _BATCH and _OUT it bounds memory."""
 _BLOCK = 65_535
 """Longest stored block of deflate."""
 _HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
@@ -77,7 +78,9 @@ class _Digests:
 
     def __init__(self) -> None:
         self._blob, self._tar = hashlib.sha256(), hashlib.sha256()
-        self._waiting: queue.Queue[tuple[_Hash, bytes] | None] = queue.Queue(_AHEAD)
+        self._waiting: queue.Queue[list[tuple[_Hash, bytes]]] = queue.Queue(_AHEAD)
+        self._batch: list[tuple[_Hash, bytes]] = []
+        self._size = 0
         self._thread = threading.Thread(target=self._run, name="digests", daemon=True)
 
     def __enter__(self) -> Self:
@@ -85,25 +88,38 @@ class _Digests:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._waiting.put(None)
+        self._pass_on()
+        self._waiting.put([])
         self._thread.join()
 
     def blob(self, content: bytes) -> None:
         """Append bytes of the blob."""
-        self._waiting.put((self._blob, content))
+        self._take(self._blob, content)
 
     def tar(self, content: bytes) -> None:
         """Append bytes of the tar."""
-        self._waiting.put((self._tar, content))
+        self._take(self._tar, content)
 
     def result(self) -> tuple[str, str]:
         """Return the digests of the blob and the tar, in hex, after the end."""
         assert not self._thread.is_alive()
         return self._blob.hexdigest(), self._tar.hexdigest()
 
+    def _take(self, digest: _Hash, content: bytes) -> None:
+        self._batch.append((digest, content))
+        self._size += len(content)
+        if self._size >= _BATCH:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._batch:
+            self._waiting.put(self._batch)
+            self._batch, self._size = [], 0
+
     def _run(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            item[0].update(item[1])
+        while batch := self._waiting.get():
+            for digest, content in batch:
+                digest.update(content)
 
 
 @dataclass
@@ -240,13 +256,14 @@ def _digest(file: Placed) -> str:
 
 def parents(path: str, seen: set[str]) -> Iterator[tar.Entry]:
     """Yield the directories above `path` that the layer does not have yet: implicit ones trouble some readers."""
-    for parent in reversed(PurePosixPath(path).parents[:-1]):
-        name = str(parent)
-        if name not in seen:
-            seen.add(name)
-            # The first is the system's own, /opt; the rest belongs to the environment.
-            mode = DIRECTORY if "/" in name else 0o755
-            yield tar.Entry(path=name, kind=tar.Kind.DIRECTORY, mode=mode, mtime=TIME)
+    missing = []
+    while (path := path.rpartition("/")[0]) and path not in seen:
+        missing.append(path)
+    for name in reversed(missing):
+        seen.add(name)
+        # The first is the system's own, /opt; the rest belongs to the environment.
+        mode = DIRECTORY if "/" in name else 0o755
+        yield tar.Entry(path=name, kind=tar.Kind.DIRECTORY, mode=mode, mtime=TIME)
 
 
 def _place(layer: _Layer, file: Placed, source: _Source, observer: Witness | None) -> None:
@@ -311,7 +328,7 @@ class _Stream:
         self._crc, self._size = 0, 0
 
     def inflate(self, raw: bytes) -> Iterator[bytes]:
-        """Yield what the next compressed bytes hold, a few megabytes at a time however much that is."""
+        """Yield what the next compressed bytes hold, a megabyte at a time however much that is."""
         while raw:
             if self._inflater is None:
                 piece, raw = raw, b""
