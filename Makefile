@@ -12,7 +12,7 @@ SYSTEM := python3-venv mmdebstrap
 
 .PHONY: help
 help: ## list these commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 $(STAMP): pyproject.toml | system
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -55,9 +55,23 @@ validate-all: setup ## validate every image in a container, without a GPU; repor
 	@$(TORCHYARD) validate --all
 
 .PHONY: test
-test: setup ## run the tests; those that need an engine are skipped, with the reason, where there is none
+test: test-fast test-tools test-builds test-variants ## run all tests; what needs an engine says so where there is none
+
+.PHONY: test-fast
+test-fast: setup ## run the tests that need nothing but Python, on every core
 	@$(BIN)/python -m pytest -q -n auto tests/unit tests/architecture
-	@$(BIN)/python -m pytest -q tests/integration
+
+.PHONY: test-tools
+test-tools: setup ## run those with Debian's packages, registries and a browser, but no engine
+	@$(BIN)/python -m pytest -q -m 'not engine and not release' tests/integration
+
+.PHONY: test-builds
+test-builds: setup ## run those that build and validate images with a container engine
+	@$(BIN)/python -m pytest -q -m 'engine and not variant and not release' tests/integration
+
+.PHONY: test-variants
+test-variants: setup ## run those that start the images of the variants
+	@TORCHYARD_TEST_REPOSITORY=torchyard-test-variants $(BIN)/python -m pytest -q -m 'variant and not release' tests/integration
 
 .PHONY: bench
 bench: setup ## compare with BuildKit on one CUDA cell: half an hour, 60 GB of disk, a Docker engine; writes docs/bench/

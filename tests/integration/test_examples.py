@@ -23,6 +23,7 @@ from validate.checks.serve import MODEL_CODE
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.variant,
     pytest.mark.debian,
     pytest.mark.network,
     pytest.mark.slow,

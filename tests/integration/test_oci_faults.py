@@ -1,6 +1,6 @@
 """Building in the store through the command line: killed, interrupted, several at once, without room, without network.
 
-Tiny wheels on a shipped base. Whatever happens, no blob is half written, and the next run gives the digest that an
+Tiny wheels on a small base. Whatever happens, no blob is half written, and the next run gives the digest that an
 undisturbed one gives.
 """
 
@@ -21,10 +21,10 @@ from pathlib import Path
 
 import pytest
 
-from builder import base as bases
+from builder.base import BaseImage
 from builder.matrix import Cell
-from builder.store import Store, sha256_of
-from tests.integration.conftest import Ran, Tiny, command, torchyard
+from builder.store import sha256_of
+from tests.integration.conftest import Ran, Tiny, bookworm, command, new_store, tiny_project, torchyard
 from tests.support.index_server import IndexServer
 from tests.support.wheels import FakeWheel, universe
 
@@ -99,29 +99,17 @@ def clone(source: Path, target: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, small_base: BaseImage) -> Iterator[World]:
     root = tmp_path_factory.mktemp("world")
     with IndexServer() as server:
-        tiny = Tiny(
-            root=root,
-            server=server,
-            env={
-                "PIP_CONFIG_FILE": os.devnull,
-                "PIP_INDEX_URL": server.url("default"),
-                "PIP_FIND_LINKS": "",
-                "PIP_EXTRA_INDEX_URL": "",
-                "UV_CACHE_DIR": str(root / "uv-cache"),
-            },
-        )
+        tiny = tiny_project(root, server)
         project = tiny.write(repository="torchyard-test-faults", include=CELLS)
         tiny.serve_cells(project)
         for verb in ("lock", "render"):
             ran = tiny.run(verb)
             assert ran.code == 0, ran.err
         cells = project.cells
-        lock = project.base_lock(cells[0])
-        assert lock is not None
-        bare = _with_base(root / "bare", lock)
+        new_store(bare := root / "bare", bookworm(), base=small_base)
         filled = clone(bare, root / "filled")
         made = World(tiny=tiny, cells=cells, bare=bare, filled=filled, digests={}, seconds=0)
         ran = made.run(filled, "fetch")
@@ -136,20 +124,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(tiny=tiny, cells=cells, bare=bare, filled=filled, digests=digests, seconds=seconds)
         shutil.rmtree(bare)
         shutil.rmtree(filled)
-
-
-def _with_base(home: Path, lock: bases.BaseLock) -> Path:
-    """Make a store that has the base as the user's own store has it: making it once more would take half a minute."""
-    theirs, ours = Store.open(), Store.open(home)
-    bases.fetch(lock, theirs)
-    base = bases.make(lock, theirs)
-    clone(base.layout, home / "layouts" / base.layout.name)
-    for deb in lock.debs:
-        try:
-            os.link(theirs.path(deb.sha256), ours.path(deb.sha256))
-        except OSError:  # another file system
-            shutil.copyfile(theirs.path(deb.sha256), ours.path(deb.sha256))
-    return home
 
 
 def require_whole(home: Path, *, known: Path) -> None:
@@ -265,10 +239,10 @@ def test_remembered_layers_are_made_again_at_once(world: World, tmp_path: Path) 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 MiB: the base, its packages and a Python fit, and little else."""
+    """A file system of 320 MiB: the base, its packages and a Python fit, and little else."""
     directory = tmp_path / "small"
     directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(directory)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=320m", "tmpfs", str(directory)]
     if subprocess.run(command, check=False, capture_output=True).returncode != 0:
         pytest.skip("mounting a small file system takes root")
     try:

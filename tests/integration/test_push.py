@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 import docker
 import pytest
 
-from builder import gate, layout, push, tar, transfer
+from builder import gate, push, transfer
 from builder.credentials import Configuration
 from builder.errors import CellFailedError, SourceError
 from builder.fetching import Silent
@@ -28,6 +27,7 @@ from builder.registry import pull
 from builder.store import Store
 from builder.upload import Way, resolve
 from tests.support.docker_registry import PASSWORD, USER, BreakingLink, DockerRegistry, registries
+from tests.support.images import made
 
 REPOSITORY = "team/app"
 TAGS = Tags(fixed=("1.0-a",), moving=("1-a",))
@@ -58,18 +58,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store.open(tmp_path / "store")
-
-
-def made(store: Store, *layers: tuple[str, int]) -> Image:
-    """Make an image of layers, each of so many bytes that depend on its name."""
-    with store.scratch("image") as scratch:
-        found = [
-            layout.gzip_layer(
-                store, tar.stream([tar.file_entry(name, random.Random(name).randbytes(size))]), scratch=scratch
-            )
-            for name, size in layers
-        ]
-    return layout.assemble(store, architecture="amd64", config={"Env": ["A=1"]}, epoch=0, layers=found)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from builder.layout import Layer
 from builder.project import Project
 from builder.store import Store
 from builder.tar import Entry
-from tests.integration.conftest import CPU, ROOT, command, environment, new_store, torchyard
+from tests.integration.conftest import CPU, ROOT, Ran, Real, command, environment, new_store, torchyard
 
 pytestmark = [pytest.mark.debian, pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -63,24 +63,67 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return Home(root, document["digest"])
 
 
-def test_the_cpu_cell_is_made_again_from_its_lock(home: Home, tmp_path: Path) -> None:
-    """With another time zone, language, user mask and hash seed, and in another place."""
-    (place := tmp_path / "elsewhere").mkdir()
+@dataclass(frozen=True)
+class Again:
+    """What `reproduce` said of an image that had been changed, and the store's own image of that name."""
+
+    expected: str
+    """The digest of the changed image."""
+    titles: list[str]
+    """Of its layers, from the bottom up."""
+    ran: Ran
+    place: Path
+    """Where it was made again."""
+
+
+@pytest.fixture(scope="module")
+def again(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Again:
+    """In another directory, with another time zone, language, user mask and hash seed, and in another place."""
+    root = tmp_path_factory.mktemp("elsewhere")
+    project = Real(root=ROOT).copy(root / "project")
+    (place := root / "place").mkdir()
+    expected, titles = _spoilt(home)
+    (record,) = (home.root / "proofs" / "oci").glob("*.json")
+    kept = record.read_bytes()
+    record.write_text(json.dumps({**json.loads(kept), "digest": expected}))
     changed = {"TZ": "Asia/Tokyo", "LC_ALL": "C", "PYTHONHASHSEED": "5", "SOURCE_DATE_EPOCH": "1"}
     mask = os.umask(0o077)
     try:
-        ran = torchyard("reproduce", CPU, "--json", "--store", str(place), env={**home.env, **changed})
+        ran = project.run("reproduce", CPU, "--json", "--store", str(place), env={**home.env, **changed})
     finally:
         os.umask(mask)
-    assert ran.code == 0, ran.err
-    (found,) = ran.document
-    assert (found["expected"], found["rebuilt"], found["differences"]) == (home.digest, home.digest, [])
-    assert not any(place.iterdir())
+        record.write_bytes(kept)
+    return Again(expected=expected, titles=titles, ran=ran, place=place)
+
+
+def test_the_cpu_cell_is_made_again_from_its_lock(home: Home, again: Again) -> None:
+    (found,) = again.ran.document
+    assert found["rebuilt"] == home.digest
+    assert not any(again.place.iterdir())
     home.assert_nothing_left()
 
 
-def test_every_change_of_an_image_is_named(home: Home) -> None:
-    """Bytecode in timestamp mode and a stray file, as other builders leave them; and a program that was changed."""
+def test_every_change_of_an_image_is_named(home: Home, again: Again) -> None:
+    assert again.ran.code == 1, again.ran.err
+    (found,) = again.ran.document
+    assert (found["expected"], found["rebuilt"], found["same"]) == (again.expected, home.digest, False)
+    named = {
+        (group["layer"].partition(",")[0], group["class"], example["path"])
+        for group in found["differences"]
+        for example in group["examples"]
+    }
+    assert named == {
+        ("torchyard base", "missing", STRAY),
+        ("bytecode of torch", "bytecode header", PYC),
+        (again.titles[-1], "content", "opt/venv/bin/torchyard-start"),
+    }
+
+
+def _spoilt(home: Home) -> tuple[str, list[str]]:
+    """Keep a changed image beside the store's own, and return its digest and the titles of its layers.
+
+    Bytecode in timestamp mode and a stray file, as other builders leave them; and a program that was changed.
+    """
     before = stored_image(home.store, home.digest)
     about = json.loads(home.store.path(before.config.sha256).read_bytes())
     titles = [line["created_by"].removeprefix("torchyard: ") for line in about["history"]]
@@ -107,28 +150,7 @@ def test_every_change_of_an_image_is_named(home: Home) -> None:
     about["rootfs"]["diff_ids"] = [layer.diff_id for layer in layers]
     config = layout.put_json(home.store, about, layout.MEDIA_CONFIG)
     document = layout.manifest(config=config, layers=[layer.blob for layer in layers])
-    digest = layout.put_json(home.store, document, layout.MEDIA_MANIFEST).digest
-    (record,) = (home.root / "proofs" / "oci").glob("*.json")
-    kept = record.read_bytes()
-    record.write_text(json.dumps({**json.loads(kept), "digest": digest}))
-    try:
-        ran = torchyard("reproduce", CPU, "--json", env=home.env)
-    finally:
-        record.write_bytes(kept)
-    assert ran.code == 1, ran.err
-    (found,) = ran.document
-    assert (found["expected"], found["rebuilt"], found["same"]) == (digest, home.digest, False)
-    named = {
-        (group["layer"].partition(",")[0], group["class"], example["path"])
-        for group in found["differences"]
-        for example in group["examples"]
-    }
-    assert named == {
-        ("torchyard base", "missing", STRAY),
-        ("bytecode of torch", "bytecode header", PYC),
-        (titles[-1], "content", "opt/venv/bin/torchyard-start"),
-    }
-    home.assert_nothing_left()
+    return layout.put_json(home.store, document, layout.MEDIA_MANIFEST).digest, titles
 
 
 def _with(entry: Entry, content: bytes) -> Entry:

@@ -11,6 +11,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.variant,
     pytest.mark.debian,
     pytest.mark.network,
     pytest.mark.slow,

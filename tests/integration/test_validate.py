@@ -1,9 +1,11 @@
-"""Validating real images: one of ours, one of nobody's, and many that are broken; none is green that must not be."""
+"""Validating real images: one of nobody's, and many that are broken; none is green that must not be.
+
+Ours are validated, wholly and as one types it, by test_walk_through.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,7 +100,9 @@ def make(tmp_path: Path, client: docker.DockerClient) -> Iterator[Make]:
             (context / name).chmod(0o755)
         name = f"{REPOSITORY}:{len(list(tmp_path.iterdir()))}"
         command = ["docker", "buildx", "build", "--builder", "default", "--network", "none", "--platform", platform]
-        command += ["--provenance", "false", "--progress", "plain", "--load", "--tag", name]
+        command += ["--provenance", "false", "--progress", "plain"]
+        # Compressing torch would take longer than installing it.
+        command += ["--output", f"type=docker,name={name},compression=uncompressed"]
         for option, value in contexts.items():
             command += ["--build-context", f"{option}={value}"]
         done = subprocess.run([*command, str(context)], capture_output=True, text=True, check=False)
@@ -147,22 +151,6 @@ def refused(engine: DockerEngine, name: str, **asked: Any) -> str:
 
 
 # --------------------------------------------------------------------------- good ones
-
-
-def test_the_cpu_cell_is_proven(real: Real, cpu_oci: Built, tmp_path: Path) -> None:
-    ran = real.run("validate", CPU, "--report-dir", str(tmp_path / "reports"))
-    assert ran.code == 0, ran.err
-    (directory,) = (tmp_path / "reports").iterdir()
-    report = json.loads((directory / "report.json").read_text("utf-8"))
-    assert report["verdict"]["tiers"] == {"1": True}
-    assert {it["tier"] for it in report["results"]} == {1}
-    mine = [it for it in report["results"] if it["skip"] != "not_this_kind"]
-    assert {it["status"] for it in mine} <= {"pass", "warn"}
-    assert len(mine) > 14
-    assert report["subject"]["digest"] == cpu_oci.document["digest"]
-    assert result_of(report, "run.declared")["status"] == "pass"
-    assert result_of(report, "run.user")["evidence"]["uid"] == 12345
-    assert len(list(directory.iterdir())) > 1, "in other forms, too"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import http.client
 import json
 import re
@@ -17,17 +16,14 @@ from typing import Any
 
 import pytest
 
-from builder.engines import BOX, Allowance, End
-from builder.engines.docker import DockerEngine
-from builder.render import PREFIX
-from tests.integration.test_validate_mutations import DRIVER
+from tests.support.container import Container, docker
+from tests.support.mutated import in_container
 from tests.support.mutations import all_mutations, complaint
-from validate.bundle import bundle
 from validate.checks.serve import MODEL_CODE, events
-from validate.verdict import result_of
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.variant,
     pytest.mark.debian,
     pytest.mark.network,
     pytest.mark.slow,
@@ -37,7 +33,8 @@ pytestmark = [
 TOKEN = "correct-horse-battery-staple"
 PRINTED = re.compile(r"^torchyard-serve: token, shown this once and kept in (\S+): (\S{40,})$", re.MULTILINE)
 ALONE = ("--read-only", "--tmpfs", "/tmp:exec", "--cap-drop", "ALL", "--network", "none")
-CONFINED = ("--user", "12345:0", *ALONE)
+CONFINED = ("--user", "12345:0", "--env=NVIDIA_VISIBLE_DEVICES=void", *ALONE)
+"""As any user, without a GPU, and meant so: an image with CUDA says nothing about that then."""
 CANARY = "the quick brown canary"
 START_S = 120.0
 MAKE = f"""{MODEL_CODE}
@@ -68,18 +65,13 @@ for path in models.rglob("*"):
 """Models on a volume: a good one; cut off, without a tensor, pickled, with code, with more words than it knows."""
 
 
-def docker(*arguments: str, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=timeout_s, check=False)
-
-
 @dataclass(frozen=True)
-class Running:
-    id: str
+class Running(Container):
     token: str = TOKEN
 
     @property
     def port(self) -> int:
-        return int(docker("port", self.id, "8000/tcp").stdout.splitlines()[0].rpartition(":")[2])
+        return self.published(8000)
 
     def ask(self, method: str, path: str, document: Any = None, *, token: str | None = None) -> tuple[int, Any]:
         headers = {"Authorization": f"Bearer {self.token if token is None else token}"}
@@ -98,19 +90,6 @@ class Running:
                     return
             assert time.monotonic() < end, self.log
             time.sleep(0.2)
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return docker("exec", self.id, *command)
-
-    @property
-    def log(self) -> str:
-        done = docker("logs", self.id)
-        return done.stdout + done.stderr
-
-    @property
-    def state(self) -> Mapping[str, Any]:
-        state: Mapping[str, Any] = json.loads(docker("inspect", "-f", "{{json .State}}", self.id).stdout)
-        return state
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +214,7 @@ def test_for_any_user_on_a_read_only_root_and_stopped_while_it_generates(image: 
     with started(image, models, *options, TOKEN=TOKEN, MAX_NEW_TOKENS=500) as running:
         running.wait()
         assert running.run("sh", "-c", 'touch "$HF_HOME/model" && id -u').stdout == "12345\n"
-        document = json.dumps({"prompt": "fox", "max_new_tokens": 500, "stream": True})
+        document = json.dumps({"prompt": "fox", "max_new_tokens": 500, "temperature": 0, "stream": True})
         headers = {"Authorization": f"Bearer {TOKEN}"}
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)) as connection:
             connection.request("POST", "/generate", document, headers)
@@ -336,26 +315,7 @@ MUTATIONS: Sequence[Any] = [mutation for mutation in all_mutations() if mutation
 @pytest.fixture(scope="module")
 def results(image: str) -> Mapping[int, Any]:
     """What the checks said where they must fail, by the number of the mutation: one container for all."""
-    engine = DockerEngine()
-    lines: list[str] = []
-    files = {
-        f"{BOX}/validate.pyz": bundle(),
-        f"{BOX}/driver.py": DRIVER.encode(),
-        f"{BOX}/mutations.json": json.dumps([dataclasses.asdict(mutation) for mutation in MUTATIONS]).encode(),
-    }
-    try:
-        ended = engine.watch(
-            engine.find(image),
-            [f"{PREFIX}/bin/python", f"{BOX}/driver.py", f"{BOX}/validate.pyz", f"{BOX}/mutations.json"],
-            files=files,
-            allowance=Allowance(),
-            on_line=lines.append,
-            deadline_s=600,
-        )
-    finally:
-        engine.client.close()
-    assert (ended.how, ended.code) == (End.ITSELF, 0), "\n".join(lines[-20:])
-    return {document["number"]: result_of(document["result"]) for document in map(json.loads, lines)}
+    return in_container(image, MUTATIONS, deadline_s=600)
 
 
 @pytest.mark.parametrize("number", range(len(MUTATIONS)), ids=[f"{it.check} {it.name}" for it in MUTATIONS])

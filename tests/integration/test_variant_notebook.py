@@ -17,9 +17,11 @@ import pytest
 
 from tests.integration.conftest import torch_of_family
 from tests.support.browser import Page, browser
+from tests.support.container import Container, docker
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.variant,
     pytest.mark.debian,
     pytest.mark.network,
     pytest.mark.slow,
@@ -40,17 +42,11 @@ NOTEBOOK = {
 }
 
 
-def docker(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=timeout_s, check=False)
-
-
 @dataclass(frozen=True)
-class Running:
-    id: str
-
+class Running(Container):
     @property
     def port(self) -> int:
-        return int(docker("port", self.id, "8888/tcp").stdout.splitlines()[0].rpartition(":")[2])
+        return self.published(8888)
 
     def ask(self, method: str, path: str, token: str = "", document: Any = None, **more: str) -> tuple[int, bytes]:
         headers = {name.replace("_", "-"): value for name, value in more.items()}
@@ -73,9 +69,6 @@ class Running:
             assert self.state["Running"], self.log
             time.sleep(0.2)
 
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return docker("exec", self.id, *command)
-
     def python(self, code: str, *arguments: str) -> str:
         ran = self.run("python", "-c", code, *arguments)
         assert ran.returncode == 0, ran.stderr
@@ -85,16 +78,6 @@ class Running:
         """End it by SIGTERM: by itself and well, or it would be killed, with 137."""
         assert docker("stop", "-t", "30", self.id).returncode == 0
         assert self.state["ExitCode"] == 0
-
-    @property
-    def log(self) -> str:
-        done = docker("logs", self.id)
-        return done.stdout + done.stderr
-
-    @property
-    def state(self) -> Mapping[str, Any]:
-        state: Mapping[str, Any] = json.loads(docker("inspect", "-f", "{{json .State}}", self.id).stdout)
-        return state
 
 
 @contextlib.contextmanager

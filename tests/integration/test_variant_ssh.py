@@ -11,17 +11,18 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.integration.conftest import torch_of_family, torchyard
+from tests.support.container import Container, docker
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.variant,
     pytest.mark.debian,
     pytest.mark.network,
     pytest.mark.slow,
@@ -34,10 +35,6 @@ FINGERPRINT = re.compile(r"torchyard-ssh: host key (SHA256:[A-Za-z0-9+/]{43}) \(
 KEPT = "/home/torch/.local/share/torchyard/ssh/ssh_host_ed25519_key"
 NO_PRIVILEGES = ("--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 Done = subprocess.CompletedProcess[str]
-
-
-def docker(*arguments: str, timeout_s: float = 120) -> Done:
-    return subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 @dataclass(frozen=True)
@@ -59,13 +56,12 @@ def new_key(place: Path, kind: str = "ed25519", *options: str) -> Key:
 
 
 @dataclass(frozen=True)
-class Running:
-    id: str
+class Running(Container):
     key: Key | None = None
 
     @property
     def port(self) -> int:
-        return int(docker("port", self.id, "2222/tcp").stdout.splitlines()[0].rpartition(":")[2])
+        return self.published(2222)
 
     def command(self, *options: str, program: str = "ssh") -> list[str]:
         """Return the client's command up to the host, without any configuration of this machine."""
@@ -105,16 +101,6 @@ class Running:
     def fingerprints(self) -> list[str]:
         """Of the host key at each start."""
         return FINGERPRINT.findall(self.log)
-
-    @property
-    def log(self) -> str:
-        done = docker("logs", self.id)
-        return done.stdout + done.stderr
-
-    @property
-    def state(self) -> Mapping[str, Any]:
-        state: Mapping[str, Any] = json.loads(docker("inspect", "-f", "{{json .State}}", self.id).stdout)
-        return state
 
 
 @contextlib.contextmanager

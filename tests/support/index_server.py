@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import html
 import itertools
 import json
 import socket
 import struct
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from packaging.utils import canonicalize_name
 
+from tests.support.loopback import Loopback, Quiet
 from tests.support.wheels import FakeWheel
 
 _JSON = "application/vnd.pypi.simple.v1+json"
@@ -69,22 +68,19 @@ class _Shelf:
     hashes: bool = True
 
 
-class IndexServer:
+class IndexServer(Loopback):
     """Named indexes at `/<name>/simple/`, their files at `/<name>/files/`, all in one page at `/<name>/links/`."""
 
     def __init__(self) -> None:
         self._shelves: dict[str, _Shelf] = {}
         self._scripts: dict[str, Iterator[int | Answer]] = {}
-        self._guard = threading.Lock()
-        self._connections: set[socket.socket] = set()
         self.requests: list[Seen] = []
         owner = self
 
-        class Handler(_Handler):
+        class Bound(_Handler):
             index = owner
 
-        self._server = _Server(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), name="index")
+        super().__init__(Bound)
 
     # ------------------------------------------------------------------ what it serves
 
@@ -103,7 +99,7 @@ class IndexServer:
 
     @property
     def origin(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http://127.0.0.1:{self.port}"
 
     def url(self, name: str = "default") -> str:
         return f"{self.origin}/{name}/simple"
@@ -128,22 +124,6 @@ class IndexServer:
         if path.endswith("*"):
             return [one for one in seen if one.path.startswith(path[:-1])]
         return [one for one in seen if one.path == path]
-
-    # ------------------------------------------------------------------ life
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        with self._guard:
-            connections = list(self._connections)
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
 
     # ------------------------------------------------------------------ for the handler
 
@@ -207,29 +187,8 @@ def _json(shelf: _Shelf, project: str, wheels: Iterable[FakeWheel], files: str) 
     return json.dumps({"meta": {"api-version": "1.1"}, "name": project, "versions": versions, "files": listed})
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: clients that break off are part of the tests."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Quiet, BaseHTTPRequestHandler):
     index: IndexServer
-
-    def setup(self) -> None:
-        super().setup()
-        with self.index._guard:
-            self.index._connections.add(self.connection)
-
-    def finish(self) -> None:
-        with self.index._guard:
-            self.index._connections.discard(self.connection)
-        super().finish()
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class' name)
-        """Say nothing."""
 
     def do_HEAD(self) -> None:
         self._answer()

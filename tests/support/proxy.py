@@ -7,15 +7,14 @@ import http.client
 import re
 import socket
 import struct
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlsplit
 
+from tests.support.loopback import Loopback, Quiet
 from tests.support.registry_server import TokenService
 
 LINGER_S = 0.2
@@ -72,7 +71,7 @@ class Passed:
         return self.path.rpartition("/")[2]
 
 
-class Proxy:
+class Proxy(Loopback):
     """Leads to a port of this machine, and notes what comes; requests fail as told, and with `tokens` need one.
 
     Kinds are those of `PushServer.fault`: `blob` asks for a blob, `fetch` reads it, `mount`, `begin`, `patch`, `state`
@@ -80,22 +79,19 @@ class Proxy:
     """
 
     def __init__(self, port: int, *, tokens: TokenService | None = None) -> None:
-        self.port, self.tokens = port, tokens
+        self.upstream, self.tokens = port, tokens
         self.passed: list[Passed] = []
         self._faults: dict[str, deque[Fault]] = {}
-        self._guard = threading.Lock()
-        self._connections: set[socket.socket] = set()
         owner = self
 
-        class Handler(_Handler):
+        class Bound(_Handler):
             proxy = owner
 
-        self._server = _Server(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), name="proxy")
+        super().__init__(Bound)
 
     @property
     def host(self) -> str:
-        return f"127.0.0.1:{self._server.server_port}"
+        return f"127.0.0.1:{self.port}"
 
     def fault(self, kind: str, *faults: Fault) -> None:
         """Let the next requests of a kind go wrong."""
@@ -126,22 +122,6 @@ class Proxy:
         """How often a blob was sent to its end, by digest."""
         return Counter(one.query["digest"][0] for one in self.of_kind("commit") if one.status == 201)
 
-    # ------------------------------------------------------------------ life
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        with self._guard:
-            connections = list(self._connections)
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-
     # ------------------------------------------------------------------ for the handler
 
     def _next(self, kind: str) -> Fault:
@@ -157,39 +137,24 @@ class Proxy:
         return f'Bearer realm="http://{self.host}/token",service="proxy",scope="{scope}"'
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: connections that break are what this is for."""
-
-
 class _GoneError(Exception):
     """One side has gone away, or was sent there."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Quiet, BaseHTTPRequestHandler):
     """One connection of a client, and one to the registry for it."""
 
-    protocol_version = "HTTP/1.1"
     proxy: Proxy
     _upstream: http.client.HTTPConnection
 
     def setup(self) -> None:
         super().setup()
-        self._upstream = http.client.HTTPConnection("127.0.0.1", self.proxy.port)
-        with self.proxy._guard:
-            self.proxy._connections.add(self.connection)
+        self._upstream = http.client.HTTPConnection("127.0.0.1", self.proxy.upstream)
 
     def finish(self) -> None:
-        with self.proxy._guard:
-            self.proxy._connections.discard(self.connection)
         self._upstream.close()
         with contextlib.suppress(OSError):
             super().finish()
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class' name)
-        """Say nothing."""
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import itertools
 import json
 import re
 import socket
 import ssl
 import struct
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from builder.errors import TorchyardError
 from builder.layout import MEDIA_INDEX, MEDIA_MANIFEST, Descriptor, Image
 from builder.store import Store
 from tests.support.index_server import Answer
+from tests.support.loopback import Loopback, Quiet
 
 __all__ = ["Answer", "Asked", "Fault", "PushServer", "RegistryServer", "TokenService", "Upload", "text_of"]
 
@@ -93,7 +92,7 @@ def basic(user: str, password: str) -> str:
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
-class RegistryServer:
+class RegistryServer(Loopback):
     """Blobs and manifests by digest, in every repository alike; open, or behind a password or a token."""
 
     def __init__(self, *, host: str = "127.0.0.1", tls: tuple[Path, Path] | None = None) -> None:
@@ -105,21 +104,18 @@ class RegistryServer:
         self.realm: str | None = None
         """Where the challenge says tokens are given, if not here."""
         self._scripts: dict[str, Iterator[int | Answer]] = {}
-        self._guard = threading.Lock()
-        self._connections: set[socket.socket] = set()
         owner = self
 
-        class Handler(_Handler):
+        class Bound(_Handler):
             registry = owner
 
-        self._server = _Server(("127.0.0.1", 0), Handler)
+        super().__init__(Bound)
         self._scheme = "https" if tls else "http"
         if tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(*tls)
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self.host = f"{host}:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), name="registry")
+        self.host = f"{host}:{self.port}"
 
     # ------------------------------------------------------------------ what it serves
 
@@ -164,22 +160,6 @@ class RegistryServer:
         with self._guard:
             return [one for one in self.requests if one.path == path]
 
-    # ------------------------------------------------------------------ life
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        with self._guard:
-            connections = list(self._connections)
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-
     # ------------------------------------------------------------------ for the handler
 
     def _takes(self, handler: _Handler) -> bool:
@@ -210,29 +190,8 @@ def text_of(error: TorchyardError) -> str:
     )
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: clients that break off are part of the tests."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Quiet, BaseHTTPRequestHandler):
     registry: RegistryServer
-
-    def setup(self) -> None:
-        super().setup()
-        with self.registry._guard:
-            self.registry._connections.add(self.connection)
-
-    def finish(self) -> None:
-        with self.registry._guard:
-            self.registry._connections.discard(self.connection)
-        super().finish()
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class' name)
-        """Say nothing."""
 
     def do_GET(self) -> None:
         if not self.registry._takes(self):
