@@ -260,37 +260,34 @@ def _before(target: Target, image: Image, tags: Tags) -> dict[str, str | None]:
         before = dict(zip(tags.names, pool.map(functools.partial(resolve, target), tags.names), strict=True))
     mine = image.manifest.digest
     others = {name: digest for name, digest in before.items() if digest is not None and digest != mine}
-    if taken := [name for name in tags.fixed if name in others]:
-        raise CellFailedError(
-            problems=tuple(
-                Problem(
-                    what=f"the tag {name} exists, and is another image's",
-                    where=f"{target}:{name}",
-                    why=f"it is {others[name]}; this image is {mine}",
-                    tries=(
-                        "push to another repository: a tag that somebody may have pinned is never overwritten",
-                        "torchyard build --rebuild, if both should be the same image",
-                    ),
-                )
-                for name in taken
-            )
+    problems = [
+        Problem(
+            what=f"the tag {name} exists, and is another image's",
+            where=f"{target}:{name}",
+            why=f"it is {others[name]}; this image is {mine}",
+            tries=(
+                "push to another repository: a tag that somebody may have pinned is never overwritten",
+                "torchyard build --rebuild, if both should be the same image",
+            ),
         )
-    cells = {name: _cell_of(target, others[name]) for name in tags.own if name in others}
-    if foreign := {name: cell for name, cell in cells.items() if cell not in (None, tags.cell)}:
-        raise CellFailedError(
-            problems=tuple(
-                Problem(
-                    what=f"the tag {name} is another cell's",
-                    where=f"{target}:{name}",
-                    why=f"it is an image of {quoted(cell)}; who pinned it would get one of {tags.cell}",
-                    tries=(
-                        "push to another repository: two matrices share this one, or the default base was changed",
-                        "have the tag deleted there, if it shall go to another cell",
-                    ),
-                )
-                for name, cell in foreign.items()
-            )
+        for name in tags.fixed
+        if name in others
+    ]
+    problems += [
+        Problem(
+            what=f"the tag {name} is another cell's",
+            where=f"{target}:{name}",
+            why=f"it is an image of {quoted(cell)}; who pinned it would get one of {tags.cell}",
+            tries=(
+                "push to another repository: two matrices share this one, or the default base was changed",
+                "have the tag deleted there, if it shall go to another cell",
+            ),
         )
+        for name in tags.own
+        if name in others and (cell := _cell_of(target, others[name])) not in (None, tags.cell)
+    ]
+    if problems:
+        raise CellFailedError(problems=tuple(problems))
     return before
 
 

@@ -1,12 +1,14 @@
 """The devel variant of the CPU cell: C++ extensions compile in it, for any user of group 0.
 
-For its own user the check env.cpp-extension compiles one in test_walk_through, which validates this image.
+For its own user test_walk_through has one compiled, which validates this image.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ pytestmark = [
 
 VariantImage = Callable[[str], str]
 ANYBODY = ("--user", "12345:0", "--cap-drop", "ALL")
+CONFINED = (*ANYBODY, "--read-only", "--tmpfs", "/tmp:exec")
 PROJECT = """
 cat > extension.cpp <<'END'
 #include <torch/extension.h>
@@ -60,6 +63,16 @@ def test_its_tools_are_there_and_no_cuda(devel: str) -> None:
     tools = "for tool in g++ gcc git make ninja; do $tool --version >/dev/null || exit 1; done"
     done = run(devel, "bash", "-c", f'{tools}; command -v nvcc; echo "CUDA_HOME=$CUDA_HOME"')
     assert (done.returncode, done.stdout) == (0, "CUDA_HOME=\n"), done.stdout + done.stderr
+
+
+def test_it_validates_itself_for_any_user_on_a_read_only_root(devel: str) -> None:
+    done = run(devel, "torchyard-validate", "--only", "env.*", "--json", options=CONFINED)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    results: Mapping[str, Any] = {event["id"]: event for event in events if event["event"] == "result"}
+    assert results["env.cpp-extension"]["status"] == "pass"
+    for name in ("env.toolkit", "env.cuda-extension"):
+        assert (results[name]["status"], results[name]["skip"]) == ("skip", "not_this_kind"), results[name]
 
 
 def test_any_user_can_install_a_package_with_an_extension(devel: str) -> None:
