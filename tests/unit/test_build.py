@@ -36,7 +36,6 @@ from tests.support.bases import (
     Said,
     bootstrap_cell,
     damage,
-    fake_python,
     index_of,
     mesh,
     plan_of,
@@ -45,17 +44,7 @@ from tests.support.bases import (
 )
 from tests.support.wheels import torch_wheel
 
-
-@pytest.fixture(autouse=True)
-def python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    with fake_python():
-        yield
-
-
-@pytest.fixture
-def one(tmp_path: Path) -> Ready:
-    return ready(tmp_path / "home")
+pytestmark = pytest.mark.usefixtures("compiled_sources")
 
 
 def facts_of(plan: Plan) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,13 @@ from builder.engines.oci import OciEngine, layers
 from builder.gc import Garbage
 from builder.render import Plan
 from builder.store import Store
-from tests.support.bases import Ready, Said, fake_python, index_of, ready
+from tests.support.bases import Ready, Said, index_of, ready
 
 LONG_AGO = time.time() - 30 * 86400
 ABSENT = "5a" * 32
 
 
-@pytest.fixture(autouse=True)
-def python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    with fake_python():
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_sources")
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from tests.support.bases import (
     Said,
     bootstrap_cell,
     damage,
-    fake_python,
     index_of,
     mesh,
     ready,
@@ -36,16 +34,7 @@ from tests.support.wheels import FakeWheel
 DEADLINE_S = 30.0
 
 
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    with fake_python() as seen:
-        yield seen
-
-
-@pytest.fixture
-def one(tmp_path: Path) -> Ready:
-    return ready(tmp_path / "home")
+pytestmark = pytest.mark.usefixtures("compiled_sources")
 
 
 @pytest.fixture
@@ -172,30 +161,30 @@ def two(tmp_path: Path) -> tuple[Ready, Ready]:
 
 
 def test_what_cells_share_is_made_once(
-    tmp_path: Path, spliced: list[str], compiled: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, spliced: list[str], compiled_sources: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = two(tmp_path)
     session, _ = session_of(first.store, index_of(tmp_path / "links"))
     session.prepare([first.plan, second.plan])
     assert len(spliced) == len(set(spliced))
     assert {"torch", "mesh", "alpha"} <= {*spliced}
-    assert len(compiled) == len(set(compiled))
+    assert len(compiled_sources) == len(set(compiled_sources))
     monkeypatch.setattr(layers, "splice", lambda *_, **__: pytest.fail("made again"))
     outcomes = build_all([first.plan, second.plan], session, Said())
     assert [outcome.image is not None and outcome.image.proven for outcome in outcomes] == [True, True]
 
 
-def test_a_source_in_several_layers_is_compiled_once(tmp_path: Path, compiled: list[str]) -> None:
+def test_a_source_in_several_layers_is_compiled_once(tmp_path: Path, compiled_sources: list[str]) -> None:
     cells = [bootstrap_cell(packages=("numpy",)), bootstrap_cell(packages=("numpy",), cudnn="9.16.0.29")]
     wheels = [wheels_of(cells[0]), tuple(it for it in wheels_of(cells[1]) if "cudnn_cu12-9.10" not in it.filename)]
     both = list(zip(cells, wheels, strict=True))
     alone = [ready(tmp_path / cell.id, cell, mine).build().digest for cell, mine in both]
     first, second = (ready(tmp_path / "home", cell, mine) for cell, mine in both)
-    compiled.clear()
+    compiled_sources.clear()
     with Arrivals([(it.plan, it.base) for it in (first, second)], store=first.store, steps=Said(), workers=2):
         pass
-    assert compiled
-    assert len(compiled) == len(set(compiled))
+    assert compiled_sources
+    assert len(compiled_sources) == len(set(compiled_sources))
     assert [first.build().digest, second.build().digest] == alone
 
 

@@ -58,12 +58,7 @@ ENV = PREFIX.lstrip("/")
 REAL_COMPILE = bytecode.compile_sources
 
 
-@pytest.fixture(autouse=True)
-def python(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Let no test start an interpreter of a base, or wait for a disk; gives the paths of what was compiled."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    with fake_python() as seen:
-        yield seen
+pytestmark = pytest.mark.usefixtures("compiled_sources")
 
 
 # --------------------------------------------------------------------------- reading an image

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +15,9 @@ from builder.engines.oci.entries import Entry
 from builder.errors import CellFailedError, HashMismatchError, SourceError
 from builder.layout import Image, Layer
 from builder.store import Store
-from tests.support.bases import Ready, damage, directory, fake_python, layer_of, ready
+from tests.support.bases import Ready, damage, directory, layer_of
 
-
-@pytest.fixture(autouse=True)
-def _python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    with fake_python():
-        yield
-
-
-@pytest.fixture
-def one(tmp_path: Path) -> Ready:
-    return ready(tmp_path / "home")
+pytestmark = pytest.mark.usefixtures("compiled_sources")
 
 
 def image_of(one: Ready) -> Image:

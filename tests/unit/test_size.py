@@ -5,10 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,12 +31,13 @@ from tests.support.bases import (
     base_entries,
     bootstrap_cell,
     damage,
-    fake_python,
     index_of,
     mesh,
     ready,
     wheels_of,
 )
+
+pytestmark = pytest.mark.usefixtures("compiled_sources")
 
 # --------------------------------------------------------------------------- counting
 
@@ -109,13 +108,6 @@ def test_what_was_counted_is_remembered(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------- layers of an image
-
-
-@pytest.fixture(autouse=True)
-def _python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    with fake_python():
-        yield
 
 
 @pytest.fixture
