@@ -116,6 +116,20 @@ def test_neither_order_nor_company_nor_workers_show(here: Interpreter, workers: 
         assert dict(found) == alone
 
 
+def test_a_trace_of_one_file_does_not_show_in_the_next(here: Interpreter) -> None:
+    """A character that one file leaves interned; in one process the next file would show it."""
+    stars = {f"/{n}.py": f"from m{n} import *\nx{n} = ['*', '*']\n".encode() for n in range(40)}
+    assert compiled(here, stars) == {path: compiled(here, {path: content})[path] for path, content in stars.items()}
+    together = "import marshal, sys\nfor path, source in eval(sys.stdin.read()):\n"
+    together += "    sys.stdout.buffer.write(marshal.dumps(compile(source, path, 'exec', dont_inherit=True)))\n"
+    pairs = [("/name.py", NAME), ("/constant.py", CONSTANT)]
+    dumps = [
+        subprocess.run([sys.executable, "-c", together], input=repr(order).encode(), stdout=subprocess.PIPE, check=True)
+        for order in (pairs, pairs[1:])
+    ]
+    assert not dumps[0].stdout.endswith(dumps[1].stdout), "one process shows nothing any more: no forks are needed"
+
+
 def test_the_environment_of_the_user_does_not_show(here: Interpreter, monkeypatch: pytest.MonkeyPatch) -> None:
     before = compiled(here, SOURCES)
     for name, value in (("PYTHONHASHSEED", "7"), ("PYTHONOPTIMIZE", "2"), ("PYTHONWARNINGS", "error"), ("LC_ALL", "C")):
@@ -146,7 +160,7 @@ def test_sources_are_taken_as_they_are_needed(here: Interpreter) -> None:
     with_end = compile_sources(here, sources(), workers=2)
     for _ in range(5):
         next(with_end)
-    assert taken < 50
+    assert taken < 10 * bytecode._MOST_TOGETHER
     with_end.close()
 
 
@@ -240,7 +254,7 @@ def test_a_child_ends_with_its_parent(here: Interpreter) -> None:
 def test_a_child_that_nobody_waits_for_ends_itself(here: Interpreter) -> None:
     source = b"x = 1 + y\n" * 1_000_000
     with child(here, limit="1") as process:
-        process.communicate(b"\x01\0\0\0p" + len(source).to_bytes(4, "little") + source, timeout=60)
+        process.communicate(b"\x01\0\0\0\x01\0\0\0p" + len(source).to_bytes(4, "little") + source, timeout=60)
     assert process.returncode != 0
 
 

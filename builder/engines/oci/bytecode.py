@@ -6,8 +6,9 @@ is unpacked from the layers of the base, as far as it is needed to compile, and 
 A .pyc here is a function of (interpreter, path, source) and of nothing else. Compiling many files in one process does
 not give that (python/cpython#129724): strings stay interned, and `marshal` writes interned ones differently. One
 `from x import *` is enough to make "*" such a string for files that follow. Of the 5617 sources of one image 18 to 20
-came out differently in another order on Python 3.11.2; on 3.13.0 4 were not what they are when compiled alone. So each
-file is compiled by a fork of a process that has compiled nothing: 2 ms a file beside the 3 ms of compiling it.
+came out differently in another order on Python 3.11.2; on 3.13.0 4 were not what they are when compiled alone. So files
+are compiled by forks of a process that has compiled nothing, each until one leaves such a trace: a fork for every file
+cost 2 ms beside the 3 ms of compiling it, and traces are rare.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ _MAX_ANSWER = 1 << 30
 _MAX_LINKS = 40
 """Links followed for one path: the kernel's limit."""
 _PIECE = 1 << 20
+_MOST_TOGETHER = 32
+"""Sources in one request; the least that saves nearly all forks, and fewer than a process can tell by its status."""
 _IDENTITY = re.compile(rb"(\d+\.\d+\.\d+\S{0,20})\n([a-z]+-\d+)\n([0-9a-f]{8})\n(.*)", re.DOTALL)
 _NONSENSE = "it does not answer as it should"
 _UNUSABLE = "the Python of the base does not work"
@@ -57,9 +60,15 @@ _ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONCOERCECLOCALE":
 _FLAGS = ("-S", "-s", "-B", "-W", "ignore")
 
 # What runs in the base's Python, 3.9 or newer. It imports next to nothing: what a module brings in is interned, and
-# some of it is in no interpreter but the official builds. A frame is a length of four bytes and the content; a
-# request is two, path and source; no path asks who answers, and no answer means that the source does not compile.
-# The alarm, later than our deadline, ends a child that hangs when nobody is left to end it.
+# some of it is in no interpreter but the official builds. A frame is a length of four bytes and the content. A request
+# is a number in four bytes and as many pairs of frames, path and source; an answer is a frame for each, empty if the
+# source does not compile. No pairs ask who answers. The alarm, later than our deadline, ends a child that hangs when
+# nobody is left to end it.
+#
+# What one file leaves behind for the next: strings of one character are shared by all, so one that was interned stays
+# so; after it the next file is compiled by another fork. Letters and digits do not matter, for they are interned in
+# every file that has them. And since Python 3.12 all interned strings stay: a frozenset of such is made anew, and no
+# longer the same as its equals in the file. So a file with a constant that is not simple is compiled as a fork's first.
 _CHILD = """
 import sys
 sys.path.pop(0)
@@ -94,28 +103,53 @@ def identity():
     text = "\\n".join((sys.version.split()[0], sys.implementation.cache_tag, MAGIC_NUMBER.hex(), ""))
     return text.encode() + read(descriptor, 1 << 30)
 
-def compiled(path, source):
+def is_simple(value):
+    if type(value) is CODE:
+        return all(map(is_simple, value.co_consts))
+    return all(map(is_simple, value)) if type(value) is tuple else type(value) in SIMPLE
+
+def compiled(path, source, first=True):
+    # No answer at all if it could be another than that of a process in which the file is the first.
     alarm(LIMIT)
     # Held until the end, as by the standard library: marshal writes an object with one owner differently.
     name = path.decode("utf-8", "surrogateescape")
     try:
         code = compile(source, name, "exec", dont_inherit=True, optimize=0)
+        if not first and not is_simple(code):
+            return None
         return HEADER + _imp.source_hash(KEY, source) + marshal.dumps(code)
     except Exception:
         return b""
     finally:
         alarm(0)
 
-def isolated(path, source):
+CODE = type(compiled.__code__)
+SIMPLE = (str, bytes, int, float, complex, bool, type(None), type(Ellipsis))
+CHARACTERS = tuple(map(chr, range(256)))
+TRACES = tuple(one for one in CHARACTERS if not ("a" + one).isidentifier() or ord(one) > 127)
+FAILED = 255
+
+def isolated(pairs):
+    # Compile the first of them in a fork, as many as leave no trace and one more, and return how many that were.
     child = posix.fork()
     if child:
-        if posix.waitpid(child, 0)[1]:
+        status = posix.waitpid(child, 0)[1]
+        if status & 255 or status >> 8 == FAILED:
             posix._exit(1)
-        return
-    status = 1
+        return status >> 8
+    status = FAILED
     try:
-        send(compiled(path, source))
-        status = 0
+        clean = marshal.dumps(TRACES)
+        done = 0
+        for path, source in pairs:
+            answer = compiled(path, source, not done)
+            if answer is None:
+                break
+            send(answer)
+            done += 1
+            if marshal.dumps(TRACES) != clean:
+                break
+        status = done
     finally:
         posix._exit(status)
 
@@ -127,15 +161,14 @@ star = sys.intern("*")
 gc.disable()
 gc.freeze()
 while True:
-    size = read(0, 4)
-    if len(size) < 4:
+    number = read(0, 4)
+    if len(number) < 4:
         break
-    path = read(0, int.from_bytes(size, "little"))
-    source = receive()
-    if not path:
+    pairs = [(receive(), receive()) for _ in range(int.from_bytes(number, "little"))]
+    if not pairs:
         send(identity())
-    else:
-        isolated(path, source)
+    while pairs:
+        del pairs[:isolated(pairs)]
 """
 
 
@@ -170,7 +203,8 @@ class Interpreter:
         """
         variables = {**_ENVIRONMENT, **(environment or {})}
         with contextlib.closing(_Child(command, variables)) as child:
-            answer = child.ask(b"", b"")
+            child.ask(())
+            answer = child.answer()
         known = _IDENTITY.fullmatch(answer)
         if known is None:
             raise _broken(_NONSENSE, what=_UNUSABLE)
@@ -439,37 +473,39 @@ def compile_sources(
 ) -> Generator[tuple[str, bytes | None], None, None]:
     """Yield (path, .pyc) for each (path in the image, source), in the order given; None where it does not compile.
 
-    The .pyc is what `compileall --invalidation-mode unchecked-hash` writes: never checked against the source. Only a
-    few files a worker are held in memory. Raises ToolError if the interpreter breaks off, hangs or answers nonsense.
+    The .pyc is what `compileall --invalidation-mode unchecked-hash` writes: never checked against the source. A few
+    megabytes a worker are held in memory. Raises ToolError if the interpreter breaks off, hangs or answers nonsense.
     """
     assert workers > 0, workers
     idle: SimpleQueue[_Child] = SimpleQueue()
     header = interpreter.magic + (1).to_bytes(4, "little")
 
-    def compiled(path: str, source: bytes) -> tuple[str, bytes | None]:
+    def compiled(pairs: Sequence[tuple[str, bytes]]) -> list[tuple[str, bytes | None]]:
         child = idle.get()
         try:
-            answer = child.ask(path.encode("utf-8", "surrogateescape"), source)
+            child.ask([(path.encode("utf-8", "surrogateescape"), source) for path, source in pairs])
+            return [(path, checked(path, child.answer(path))) for path, _ in pairs]
         finally:
             idle.put(child)
+
+    def checked(path: str, answer: bytes) -> bytes | None:
         if answer and not (answer.startswith(header) and len(answer) > 16):
             raise _broken(_NONSENSE, what=f"the Python of the base did not compile {path}")
-        return path, answer or None
+        return answer or None
 
     children: list[_Child] = []
     pool = ThreadPoolExecutor(workers, thread_name_prefix="compile")
-    pending: deque[Future[tuple[str, bytes | None]]] = deque()
+    pending: deque[Future[list[tuple[str, bytes | None]]]] = deque()
     try:
         for _ in range(workers):
             children.append(_Child(interpreter.command, interpreter.environment))
             idle.put(children[-1])
-        for path, source in sources:
-            assert path, "a source has a path"
-            pending.append(pool.submit(compiled, path, source))
-            if len(pending) >= 8 * workers:
-                yield pending.popleft().result()
+        for pairs in _together(sources):
+            pending.append(pool.submit(compiled, pairs))
+            if len(pending) >= 3 * workers:
+                yield from pending.popleft().result()
         while pending:
-            yield pending.popleft().result()
+            yield from pending.popleft().result()
     finally:
         # Ended first, so that no thread waits for an answer; closed last, when none uses its pipes.
         for child in children:
@@ -477,6 +513,21 @@ def compile_sources(
         pool.shutdown(cancel_futures=True)
         for child in children:
             child.close()
+
+
+def _together(sources: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
+    """Yield the sources, as many at a time as one request has."""
+    pairs: list[tuple[str, bytes]] = []
+    size = 0
+    for path, source in sources:
+        assert path, "a source has a path"
+        pairs.append((path, source))
+        size += len(source)
+        if len(pairs) >= _MOST_TOGETHER or size >= _PIECE:
+            yield pairs
+            pairs, size = [], 0
+    if pairs:
+        yield pairs
 
 
 class _Child:
@@ -504,14 +555,19 @@ class _Child:
         for pipe in (self._to, self._from):
             os.set_blocking(pipe.fileno(), False)
 
-    def ask(self, path: bytes, source: bytes) -> bytes:
-        """Send a request and return the answer."""
-        deadline = time.monotonic() + DEADLINE_S
-        self._path = path
+    def ask(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        """Send a request: paths and sources, or none to be told who answers."""
+        self._path = os.fsdecode(pairs[0][0]) if pairs else ""
+        frames = (_length(content) + content for pair in pairs for content in pair)
         try:
-            self._write(b"".join((_length(path), path, _length(source), source)), deadline)
+            self._write(b"".join((len(pairs).to_bytes(4, "little"), *frames)), time.monotonic() + DEADLINE_S)
         except BrokenPipeError:
             raise self._failed() from None
+
+    def answer(self, path: str = "") -> bytes:
+        """Return the next answer: what the source at `path` compiles to."""
+        self._path = path
+        deadline = time.monotonic() + DEADLINE_S
         length = int.from_bytes(self._read(4, deadline), "little")
         if length > _MAX_ANSWER:
             raise self._failed(_NONSENSE)
@@ -553,7 +609,7 @@ class _Child:
             self._complaints.seek(0)
             why = f"it ended {ended}\n{tail(self._complaints.read(1 << 16).decode('utf-8', 'replace'))}".rstrip()
         if self._path:
-            return _broken(why, what=f"the Python of the base did not compile {os.fsdecode(self._path)}")
+            return _broken(why, what=f"the Python of the base did not compile {self._path}")
         return _broken(why, what=_UNUSABLE)
 
     def kill(self) -> None:
