@@ -14,7 +14,7 @@ SYSTEM := python3-venv mmdebstrap
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
-$(STAMP): pyproject.toml | system
+$(STAMP): pyproject.toml hatch_build.py $(wildcard builder/native/*.[ch]) | system
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "torchyard needs Python 3.11 or newer; name one: make PYTHON=python3.12 setup" >&2; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)

@@ -3,6 +3,9 @@
 An image needs the digest of every layer as it is sent (compressed) and as it is unpacked. So whoever makes an image of
 wheels without compressing anew still has to read each deflate stream, inflate it, and run SHA-256 over both. Nothing
 else is done here: no layer, no header, no file.
+
+SHA-256 is the standard library's, as a program would use it that knows of no better. On a processor without
+instructions for it torchyard hashes several streams side by side, faster than the floor does.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import ssl
 import subprocess
 from collections.abc import Iterable
 from importlib import metadata
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import uv
 
-from builder import __version__
+from builder import __version__, sha256
 
 _PIECE = 16 << 20
 
@@ -40,6 +41,8 @@ def tools(root: Path) -> dict[str, str]:
         "torchyard": f"{__version__} {_commit(root)}",
         "Python": platform.python_version(),
         "isal": metadata.version("isal"),
+        "SHA-256, torchyard": _hashing(),
+        "SHA-256, the floor": ssl.OPENSSL_VERSION,
         "Docker Engine": _said("docker", "version", "--format", "{{.Server.Version}}"),
         "buildx": _said("docker", "buildx", "version").replace("github.com/docker/buildx ", ""),
         "uv": _said(uv.find_uv_bin(), "--version").removeprefix("uv "),
@@ -69,6 +72,11 @@ def drop_caches() -> bool:
 def _processor() -> str:
     found = re.search(r"^model name\s*: (.+)$", _cpuinfo(), re.MULTILINE)
     return f"{found[1].strip()} ({platform.machine()})" if found else platform.machine()
+
+
+def _hashing() -> str:
+    lanes = sha256.best().lanes
+    return f"{lanes} streams side by side" if lanes > 1 else "one stream at a time, as the floor"
 
 
 def _sha_extensions() -> bool:

@@ -159,9 +159,9 @@ def _introduction(results: Results) -> str:
     runs = "one run" if results.repeat == 1 else f"the median of {results.repeat} runs"
     return (
         f"{results.wheels} wheels, {results.wheel_bytes / 1e9:.2f} GB, in memory; base known to each engine; {runs}, "
-        f"{results.started}. The floor is what no method can avoid: each wheel inflated once, SHA-256 of its "
-        "compressed and of its inflated bytes, on all cores. `→ import torch` is building, loading where the image is "
-        "not in the engine already, and one container's life."
+        f"{results.started}. The floor is what no method can avoid: each wheel inflated once, SHA-256 (of OpenSSL) of "
+        "its compressed and of its inflated bytes, on all cores. `→ import torch` is building, loading where the image "
+        "is not in the engine already, and one container's life."
     )
 
 

@@ -23,7 +23,7 @@ ORDER = (
     # What people decide.
     "facts", "compat", "schema", "toolkit", "reading", "matrix", "aliases", "runners",
     # The store, and what fills it.
-    "store", "foreign", "fetching", "transfer", "index", "lock",
+    "sha256", "store", "foreign", "fetching", "transfer", "index", "lock",
     # The base: a file system of Debian packages.
     "program", "tar", "compress", "layout", "memory", "reference", "credentials", "registry", "upload", "journal",
     "rootfs", "difference", "debian", "baselock", "bootstrap", "base",
@@ -31,7 +31,8 @@ ORDER = (
     "render", "project", "engines",
     # The engine that makes layers of wheels.
     "engines.oci.wheel", "engines.oci.install", "engines.oci.evidence", "engines.oci.recipe", "engines.oci.splice",
-    "engines.oci.bytecode", "engines.oci.contents", "engines.oci.foundation", "engines.oci.stack", "engines.oci.layers",
+    "engines.oci.bytecode", "engines.oci.contents", "engines.oci.foundation", "engines.oci.stack",
+    "engines.oci.turns", "engines.oci.layers",
     "engines.oci.inventory", "engines.oci.entries", "engines.oci.installed", "engines.oci.image",
     "engines.oci.arrivals", "engines.oci",
     # Its neighbours, and what uses them.
@@ -51,6 +52,8 @@ ORDER = (
 """A module may import only those to its left; engines are neighbours that do not know each other."""
 
 ONLY_IN: Mapping[str, frozenset[str]] = {
+    # What is compiled of ours.
+    "ctypes": frozenset({"builder.sha256"}),
     "docker": frozenset({"builder.engines.docker"}),
     # docker-py raises its exceptions.
     "requests": frozenset({"builder.transfer", "builder.engines.docker"}),

@@ -12,9 +12,11 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from builder.engines.oci import layers
 from builder.engines.oci.stack import Group, Section
+from builder.engines.oci.turns import Turns
 from builder.errors import WheelError
 from builder.export import stored_image
 from builder.lock import DEFAULT_INDEX, Wheel
+from builder.sha256 import Hasher
 from builder.store import Store
 from tests.support.bases import base_entries, bootstrap_cell, fake_python, ready
 from tests.support.evil import EVIL, EvilWheel
@@ -51,7 +53,8 @@ def test_of_an_evil_wheel_nothing_is_stored(evil: EvilWheel, tmp_path: Path) -> 
         upload_time=None, index=DEFAULT_INDEX,
     )  # fmt: skip
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "locks")
-    with pytest.raises(WheelError, match=evil.message):
-        layers.spliced(Group(section=Section.VARIANT, wheels=(wheel,)), store, stopped=threading.Event())
+    group = Group(section=Section.VARIANT, wheels=(wheel,))
+    with Hasher(1) as hasher, pytest.raises(WheelError, match=evil.message):
+        layers.spliced(group, store, hasher=hasher, turns=Turns(1), stopped=threading.Event())
     after = sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "locks")
     assert after == before

@@ -6,6 +6,7 @@ and while wheels are fetched, there is nothing to be done but for those that are
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections import Counter
@@ -20,8 +21,10 @@ from builder.engines.oci.foundation import Foundation, foundation_of
 from builder.engines.oci.image import bytecode_of, compiled, shown
 from builder.engines.oci.layers import Compiler, StoppedError, spliced
 from builder.engines.oci.stack import Group, stack
+from builder.engines.oci.turns import Turns
 from builder.errors import TorchyardError
 from builder.render import Plan
+from builder.sha256 import Hasher
 from builder.store import Store
 
 
@@ -51,6 +54,9 @@ class Arrivals:
     ) -> None:
         """Look at the bases; raises as `foundation_of` and `stack` do."""
         self._store, self._steps, self._workers = store, steps, workers
+        self._hasher = Hasher(workers)
+        self._stack = contextlib.ExitStack()
+        self._turns = Turns(workers + 1)
         self._changed = threading.Condition()
         self._stopped = threading.Event()
         self._done = 0
@@ -77,9 +83,11 @@ class Arrivals:
             self._changed.notify_all()
 
     def __enter__(self) -> Self:
-        self._pool = ThreadPoolExecutor(self._workers + 1, thread_name_prefix="layers")
+        self._stack.enter_context(self._hasher)
+        producers = self._hasher.producers
+        self._pool = ThreadPoolExecutor(producers + 1, thread_name_prefix="layers")
         self._threads: list[Future[None]] = [self._pool.submit(self._compile)]
-        self._threads += [self._pool.submit(self._splice) for _ in range(self._workers)]
+        self._threads += [self._pool.submit(self._splice) for _ in range(producers)]
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -93,6 +101,7 @@ class Arrivals:
         finally:
             self._stop()
             self._pool.shutdown()
+            self._stack.close()
         for thread in self._threads:
             thread.result()
 
@@ -105,7 +114,12 @@ class Arrivals:
 
     def _splice(self) -> None:
         while job := self._next(self._splices):
-            self._made(job, functools.partial(spliced, job.group, self._store, stopped=self._stopped))
+            self._made(
+                job,
+                functools.partial(
+                    spliced, job.group, self._store, hasher=self._hasher, turns=self._turns, stopped=self._stopped
+                ),
+            )
 
     def _compile(self) -> None:
         for foundation, python, jobs in self._compilers:

@@ -14,9 +14,11 @@ from builder.engines import BuiltImage, Steps
 from builder.engines.oci.foundation import Foundation, foundation_of
 from builder.engines.oci.layers import Compiler, Made, StoppedError, cell_layer, refuse_collisions, spliced
 from builder.engines.oci.stack import Group, Section, section_of, stack
+from builder.engines.oci.turns import Turns
 from builder.layout import History
 from builder.lock import Wheel
 from builder.render import ImageConfig, Plan
+from builder.sha256 import Hasher
 from builder.store import Store
 
 NANOSECONDS = 1_000_000_000
@@ -65,10 +67,11 @@ def _layers(
     stopped = threading.Event()
     done = 0
     lock = threading.Lock()
+    turns = Turns(workers + 1)
 
     def one(group: Group) -> Made:
         nonlocal done
-        made = spliced(group, store, stopped=stopped)
+        made = spliced(group, store, hasher=hasher, turns=turns, stopped=stopped)
         with lock:
             done += 1
             steps.step(f"layer {done} of {len(groups)} · {group.size / 1e6:.0f} MB · {shown(group)}")
@@ -77,7 +80,8 @@ def _layers(
     python = plan.cell.python
     with (
         Compiler(foundation, store, python=python, workers=workers, stopped=stopped) as compiler,
-        ThreadPoolExecutor(workers + 1) as pool,
+        Hasher(workers) as hasher,
+        ThreadPoolExecutor(hasher.producers + 1) as pool,
     ):
         code = pool.submit(_bytecode, compiler, plan)
         by_size = sorted(groups, key=lambda group: (-group.size, group.title))

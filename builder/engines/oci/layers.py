@@ -26,6 +26,7 @@ from builder.engines.oci.foundation import Foundation, open_tar
 from builder.engines.oci.install import DIRECTORY, EXECUTABLE, FILE, SITE, placed
 from builder.engines.oci.splice import RECIPE, TIME, parents, require_equal, splice
 from builder.engines.oci.stack import Group
+from builder.engines.oci.turns import Turns
 from builder.engines.oci.wheel import Wheel, open_wheel
 from builder.errors import HashMismatchError, TorchyardError, WheelError
 from builder.layout import Layer, canonical_json
@@ -43,6 +44,7 @@ from builder.render import (
     profile_of,
 )
 from builder.schema import ImageBase
+from builder.sha256 import Hasher
 from builder.store import Store, write_atomically
 
 _UNCOMPILED = re.compile(UNCOMPILED)
@@ -95,7 +97,7 @@ def blamed(error: Exception, wheels: Iterable[LockedWheel], store: Store) -> Tor
 # Wheels
 
 
-def spliced(group: Group, store: Store, *, stopped: threading.Event) -> Made:
+def spliced(group: Group, store: Store, *, hasher: Hasher, turns: Turns, stopped: threading.Event) -> Made:
     """Return the layer of a group of wheels.
 
     Raises WheelError for a wheel that is none, HashMismatchError for one that was damaged in the store.
@@ -108,13 +110,16 @@ def spliced(group: Group, store: Store, *, stopped: threading.Event) -> Made:
             layer, about = known
             return Made(layer=layer, title=group.title, paths=about["paths"], facts=about["facts"])
 
-        def advance(_: int) -> None:
-            if stopped.is_set():
-                raise StoppedError
-
         try:
-            wheels = [opened(wheel, store) for wheel in group.wheels]
-            made = splice([(wheel, placed(wheel)) for wheel in wheels], advance=advance)
+            with turns.turn(group.size) as turn:
+
+                def advance(count: int) -> None:
+                    turn.worked(count)
+                    if stopped.is_set():
+                        raise StoppedError
+
+                wheels = [opened(wheel, store) for wheel in group.wheels]
+                made = splice([(wheel, placed(wheel)) for wheel in wheels], hasher=hasher, advance=advance)
         except (WheelError, FileNotFoundError) as error:
             raise blamed(error, group.wheels, store) from error
         store.put(made.literals)

@@ -11,12 +11,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import queue
 import struct
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol
 
 try:
     from isal import isal_zlib as inflater
@@ -28,12 +26,10 @@ from builder.compress import member as gzip_member
 from builder.engines.oci.evidence import Witness, witness
 from builder.engines.oci.install import DIRECTORY, SITE, Placed
 from builder.engines.oci.recipe import Recipe
-from builder.engines.oci.wheel import Member, Wheel
+from builder.engines.oci.wheel import Member, RecordHash, Wheel
 from builder.errors import WheelError
 from builder.layout import MEDIA_LAYER_GZIP, Descriptor, Layer
-
-if TYPE_CHECKING:
-    from hashlib import _Hash
+from builder.sha256 import Hasher, Stream
 
 RECIPE = 1
 """Raise it with every change of the bytes of a layer: it is part of the key under which a layer is remembered."""
@@ -48,10 +44,8 @@ _FLUSH = 1 << 20
 _PIECE = 256 << 10
 """Compressed bytes inflated at a time; what comes out still is in the processor's cache when it is hashed."""
 _OUT = 1 << 20
-_BATCH = 1 << 20
-"""Bytes that are passed on to be hashed at a time, at least: most pieces are small, and passing one on costs more."""
-_AHEAD = 4
-"""Batches that may wait to be hashed; with _BATCH and _OUT it bounds memory."""
+_ALONE = 64 << 10
+"""Bytes below which a file is held to RECORD at once: passing it on to be hashed side by side would cost more."""
 _BLOCK = 65_535
 """Longest stored block of deflate."""
 _HEADER = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
@@ -70,70 +64,28 @@ class Spliced:
     facts: Mapping[str, Any]
 
 
-class _Digests:
-    """SHA-256 of the blob and of the tar, taken in a thread of its own.
+class _Digest(Protocol):
+    """Hashes a file: one of `hashlib`, or a stream that is hashed beside others."""
 
-    Together they are half of the work on a wheel, and the largest wheel is what the other cores would wait for.
-    """
+    def update(self, content: bytes, /) -> None: ...
 
-    def __init__(self) -> None:
-        self._blob, self._tar = hashlib.sha256(), hashlib.sha256()
-        self._waiting: queue.Queue[list[tuple[_Hash, bytes]]] = queue.Queue(_AHEAD)
-        self._batch: list[tuple[_Hash, bytes]] = []
-        self._size = 0
-        self._thread = threading.Thread(target=self._run, name="digests", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pass_on()
-        self._waiting.put([])
-        self._thread.join()
-
-    def blob(self, content: bytes) -> None:
-        """Append bytes of the blob."""
-        self._take(self._blob, content)
-
-    def tar(self, content: bytes) -> None:
-        """Append bytes of the tar."""
-        self._take(self._tar, content)
-
-    def result(self) -> tuple[str, str]:
-        """Return the digests of the blob and the tar, in hex, after the end."""
-        assert not self._thread.is_alive()
-        return self._blob.hexdigest(), self._tar.hexdigest()
-
-    def _take(self, digest: _Hash, content: bytes) -> None:
-        self._batch.append((digest, content))
-        self._size += len(content)
-        if self._size >= _BATCH:
-            self._pass_on()
-
-    def _pass_on(self) -> None:
-        if self._batch:
-            self._waiting.put(self._batch)
-            self._batch, self._size = [], 0
-
-    def _run(self) -> None:
-        while batch := self._waiting.get():
-            for digest, content in batch:
-                digest.update(content)
+    def digest(self) -> bytes: ...
 
 
 @dataclass
 class _Layer:
     """Takes a tar, in order: bytes of ours, and members of wheels; passes both forms on to be hashed."""
 
-    digests: _Digests
+    hasher: Hasher
     segments: list[tuple[int, int, int]] = field(default_factory=list)
     literals: bytearray = field(default_factory=bytearray)
     size: int = 0
 
     def __post_init__(self) -> None:
+        self.blob, self.tar = self.hasher.stream(), self.hasher.stream()
         self._pending = bytearray()
         self._noted = 0
+        self._streams: list[_Stream] = []
 
     def write(self, content: bytes) -> None:
         """Append bytes of the tar that are in no wheel, or too few to stay as they are."""
@@ -146,13 +98,13 @@ class _Layer:
         if self._pending:
             content = bytes(self._pending)
             self._pending.clear()
-            self.digests.tar(content)
+            self.tar.update(content)
             self.literal(gzip_member(content))
 
     def literal(self, raw: bytes) -> None:
         """Append bytes of the blob."""
         self.literals += raw
-        self.digests.blob(raw)
+        self.blob.update(raw)
         self.size += len(raw)
 
     def taken(self, source: int, offset: int, length: int) -> None:
@@ -164,24 +116,40 @@ class _Layer:
             self.segments.append((source, offset, length))
         self.size += length
 
+    def promised(self, size: int, promise: RecordHash) -> _Digest:
+        """Return what hashes a file of that size to hold it to RECORD."""
+        if promise.algorithm == "sha256" and size >= _ALONE:
+            return self.hasher.stream()
+        return hashlib.new(promise.algorithm)
 
-def splice(wheels: Sequence[tuple[Wheel, Sequence[Placed]]], *, advance: Advance | None = None) -> Spliced:
+    def keep(self, stream: _Stream) -> None:
+        """Hold a file to RECORD in the end: until then it need not have been hashed."""
+        self._streams.append(stream)
+
+    def require_promised(self) -> None:
+        """Raise WheelError unless all that were kept are what RECORD says."""
+        for stream in self._streams:
+            stream.require_promised()
+
+
+def splice(
+    wheels: Sequence[tuple[Wheel, Sequence[Placed]]], *, hasher: Hasher, advance: Advance | None = None
+) -> Spliced:
     """Make the layer that holds the files of `wheels`.
 
     Raises WheelError if a stream is not what the zip and the record say of it, or if two wheels want one path.
     """
-    digests = _Digests()
-    layer = _Layer(digests)
+    layer = _Layer(hasher)
     owners: dict[str, tuple[str, str]] = {}
     facts: dict[str, Any] = {}
     directories: set[str] = set()
     files = sorted(
         ((file, number) for number, (_, placed) in enumerate(wheels) for file in placed), key=lambda it: it[0].path
     )
-    with _opened((wheel for wheel, _ in wheels), advance or (lambda _: None)) as sources, digests:
+    with _opened((wheel for wheel, _ in wheels), advance or (lambda _: None)) as sources:
         for file, number in files:
             wheel = wheels[number][0]
-            owner = wheel.filename, _digest(file)
+            owner = wheel.filename, _identity(file)
             if file.path in owners:
                 require_equal(file.path, owners[file.path], owner)
                 continue
@@ -195,15 +163,16 @@ def splice(wheels: Sequence[tuple[Wheel, Sequence[Placed]]], *, advance: Advance
         layer.write(tar.END)
         layer.flush()
         layer.taken(0, 0, 0)
+    layer.require_promised()
     literals = bytes(layer.literals)
-    digest, diff_id = digests.result()
+    digest, diff_id = layer.blob.hexdigest(), layer.tar.hexdigest()
     blob = Descriptor(media_type=MEDIA_LAYER_GZIP, digest=f"sha256:{digest}", size=layer.size)
     recipe = Recipe(
         layer=Layer(blob=blob, diff_id=f"sha256:{diff_id}"),
         sources=(hashlib.sha256(literals).hexdigest(), *(wheel.sha256 for wheel, _ in wheels)),
         segments=tuple(layer.segments),
     )
-    paths = {wheel.filename: {file.path: _digest(file) for file in placed} for wheel, placed in wheels}
+    paths = {wheel.filename: {file.path: _identity(file) for file in placed} for wheel, placed in wheels}
     return Spliced(recipe=recipe, literals=literals, paths=paths, facts=facts)
 
 
@@ -246,7 +215,7 @@ def _opened(wheels: Iterable[Wheel], advance: Advance) -> Iterator[list[_Source]
         ]
 
 
-def _digest(file: Placed) -> str:
+def _identity(file: Placed) -> str:
     """Return what identifies a file's content and mode: "sha256=…" in hex."""
     if file.content is not None:
         return f"sha256={hashlib.sha256(file.content).hexdigest()}:{file.mode:o}"
@@ -277,7 +246,9 @@ def _place(layer: _Layer, file: Placed, source: _Source, observer: Witness | Non
     if file.member is None:
         layer.write(content)
     else:
-        stream = _Stream(source.wheel, file, file.member, observer)
+        assert file.promised is not None, file.path
+        promised = layer.promised(size, file.promised)
+        stream = _Stream(source.wheel, file.member, file.promised, promised, observer)
         if size < INLINE:
             # Not at once: nothing keeps the stream of a small file from being endless.
             for raw in source.raw(file.member, _PIECE):
@@ -291,17 +262,21 @@ def _place(layer: _Layer, file: Placed, source: _Source, observer: Witness | Non
             (_deflated if file.member.method else _stored)(layer, stream, file.member, source)
             layer.literal(struct.pack("<II", file.member.crc, size & 0xFFFFFFFF))
         stream.finish()
+        if isinstance(promised, Stream):
+            layer.keep(stream)
+        else:
+            stream.require_promised()
     layer.write(tar.padding(size))
 
 
 def _deflated(layer: _Layer, stream: _Stream, member: Member, source: _Source) -> None:
     """Append a deflate stream as it is."""
     for raw in source.raw(member, _PIECE):
-        layer.digests.blob(raw)
+        layer.blob.update(raw)
         for piece in stream.inflate(raw):
-            layer.digests.tar(piece)
+            layer.tar.update(piece)
     for piece in stream.rest():
-        layer.digests.tar(piece)
+        layer.tar.update(piece)
     layer.taken(source.index, member.offset, member.compressed_size)
 
 
@@ -310,21 +285,22 @@ def _stored(layer: _Layer, stream: _Stream, member: Member, source: _Source) -> 
     at, end = member.offset, member.offset + member.size
     for raw in source.raw(member, _BLOCK):
         layer.literal(struct.pack("<BHH", at + len(raw) == end, len(raw), len(raw) ^ 0xFFFF))
-        layer.digests.blob(raw)
+        layer.blob.update(raw)
         layer.taken(source.index, at, len(raw))
         for piece in stream.inflate(raw):
-            layer.digests.tar(piece)
+            layer.tar.update(piece)
         at += len(raw)
 
 
 class _Stream:
     """Inflates one member and holds it to what the zip and the record say of it."""
 
-    def __init__(self, wheel: Wheel, file: Placed, member: Member, observer: Witness | None) -> None:
-        assert file.promised is not None, file.path
-        self._wheel, self._member, self._promised, self._observer = wheel, member, file.promised, observer
+    def __init__(
+        self, wheel: Wheel, member: Member, promised: RecordHash, digest: _Digest, observer: Witness | None
+    ) -> None:
+        self._wheel, self._member, self._promised, self._observer = wheel, member, promised, observer
         self._inflater = inflater.decompressobj(-15) if member.method else None
-        self._hash = hashlib.new(file.promised.algorithm)
+        self._digest = digest
         self._crc, self._size = 0, 0
 
     def inflate(self, raw: bytes) -> Iterator[bytes]:
@@ -357,13 +333,13 @@ class _Stream:
         if self._size > self._member.size:
             raise self._error("it is larger than the zip says", f"declared: {self._member.size} bytes")
         self._crc = inflater.crc32(piece, self._crc)
-        self._hash.update(piece)
+        self._digest.update(piece)
         if self._observer is not None:
             self._observer.see(piece)
         return piece
 
     def finish(self) -> None:
-        """Raise WheelError unless all came, and was what was promised."""
+        """Raise WheelError unless all came that the zip says."""
         if self._inflater is not None and not self._inflater.eof:
             raise self._error("its compressed data ends too early", f"{self._size} bytes came out")
         if self._size != self._member.size:
@@ -372,10 +348,14 @@ class _Stream:
             )
         if self._crc != self._member.crc:
             raise self._error("its checksum is wrong", f"CRC-32 {self._member.crc:08x} declared, {self._crc:08x} found")
-        if self._hash.digest() != self._promised.digest:
+
+    def require_promised(self) -> None:
+        """Raise WheelError unless what came is what RECORD says; waits until it has been hashed."""
+        found = self._digest.digest()
+        if found != self._promised.digest:
             raise self._error(
                 "it is not what RECORD says",
-                f"{self._promised.algorithm} {self._promised.digest.hex()} recorded, {self._hash.hexdigest()} found",
+                f"{self._promised.algorithm} {self._promised.digest.hex()} recorded, {found.hex()} found",
             )
 
     def _error(self, what: str, why: str) -> WheelError:
