@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+_MOST = 4
+"""Threads that fill lanes, on however many cores, and a third of the batches that may wait: together they hash up to
+10 GB/s, more than disks give, and memory must not grow with the number of cores."""
 _SMALL = 4096
 """Bytes below which pieces are put together first."""
 _TOGETHER = 64 << 10
@@ -222,11 +225,11 @@ class Hasher:
     def __init__(self, workers: int, *, method: Method[Any] | None = None) -> None:
         """Take `workers` as the number of cores, not all of which are needed where lanes are filled."""
         self._method = method or best()
-        number = -(-workers // 4) if self._method.lanes > 1 else workers
+        number = min(-(-workers // 4), _MOST) if self._method.lanes > 1 else workers
         self.producers = 6 * number + 2 if self._method.lanes > 1 else workers
         """Threads that should bring streams, three each, at once: a few more than fill the lanes."""
         self._full = self._method.full
-        self._limit = 3 * number * self._full
+        self._limit = 3 * min(number, _MOST) * self._full
         lock = threading.Lock()
         self._work, self._room = threading.Condition(lock), threading.Condition(lock)
         self._streams: dict[Stream, None] = {}
