@@ -1,9 +1,9 @@
 """SHA-256 of many streams at once, on all cores: half of what it takes to make layers is to hash them.
 
-Processors with instructions for SHA-256 hash a stream at 1.5 to 2 GB/s, those without at 0.4; but what these do to one
-stream their vector units can do to eight or sixteen side by side, at 1.1 (AVX2) to 2.5 GB/s (AVX-512) together. No
-package has that, so it is here, in C, compiled when torchyard is installed: `native/sha256.c`. Where it could not be
-compiled, and where it would not be faster, streams are hashed one by one, by `hashlib`.
+Processors without instructions for SHA-256 hash a stream at 0.4 GB/s; but what they do to one stream their vector units
+can do to eight or sixteen side by side, at 1.1 (AVX2) to 2.5 GB/s (AVX-512) together. No package was found that does
+it, so it is here, in C, compiled when torchyard is installed: `native/sha256.c`. Where it could not be compiled, and
+where the processor has such instructions, streams are hashed one by one, by `hashlib`.
 
 What is to be hashed is passed on and hashed by threads of the hasher: lanes are worth their cost when many are filled.
 """
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 _MOST = 4
-"""Threads that fill lanes, on however many cores, and a third of the batches that may wait: together they hash up to
-10 GB/s, more than disks give, and memory must not grow with the number of cores."""
+"""Threads that fill lanes, at most, and three times as many batches may wait: memory must not grow with the cores."""
 _SMALL = 4096
 """Bytes below which pieces are put together first."""
 _TOGETHER = 64 << 10

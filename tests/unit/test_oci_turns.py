@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 from builder.engines.oci import turns as module
 from builder.engines.oci.turns import LENGTH, Turn, Turns
+from tests.support.threads import WAIT, Threads
 
-WAIT = 10.0
-"""Seconds after which what should have come does not come any more."""
 GENERATE = [Phase.generate]
 """A failure may take that long: none is looked for that is smaller."""
 
@@ -52,34 +51,6 @@ def waits() -> Iterator[Waits]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.Turn, "wait", counted)
         yield found
-
-
-class Threads:
-    """Threads that are to end in time, whose failures are the test's."""
-
-    def __init__(self) -> None:
-        self._threads: list[threading.Thread] = []
-        self._failures: list[BaseException] = []
-
-    def start(self, work: Callable[[], None]) -> None:
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:  # noqa: BLE001 - raised again in `join`
-                self._failures.append(error)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        self._threads.append(thread)
-
-    def join(self) -> None:
-        end = time.monotonic() + WAIT
-        for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
-        stuck = [thread for thread in self._threads if thread.is_alive()]
-        for failure in self._failures:
-            raise failure
-        assert not stuck, f"{len(stuck)} of {len(self._threads)} layers never end"
 
 
 def order(sizes: Sequence[int], waits: Waits, *, step: int = LENGTH) -> list[int]:

@@ -22,9 +22,8 @@ from hypothesis import strategies as st
 
 from builder import sha256
 from builder.sha256 import Hasher, Method, OneByOne, Part, SideBySide, Stream
+from tests.support.threads import WAIT, Threads
 
-WAIT = 10.0
-"""Seconds after which what should have come does not come any more."""
 MOMENT = 0.05
 """Seconds in which what should not come would have come."""
 GENERATE = [Phase.generate]
@@ -131,34 +130,6 @@ class Gate(Checked):
         if self._failure:
             raise self._failure
         return super().hash(parts, least)
-
-
-class Threads:
-    """Threads that are to end in time, whose failures are the test's."""
-
-    def __init__(self) -> None:
-        self.threads: list[threading.Thread] = []
-        self._failures: list[BaseException] = []
-
-    def start(self, work: Callable[[], object]) -> threading.Thread:
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:  # noqa: BLE001 - raised again in `join`
-                self._failures.append(error)
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        self.threads.append(thread)
-        return thread
-
-    def join(self) -> None:
-        end = time.monotonic() + WAIT
-        for thread in self.threads:
-            thread.join(max(0.0, end - time.monotonic()))
-        for failure in self._failures:
-            raise failure
-        assert not any(thread.is_alive() for thread in self.threads), "somebody waits for ever"
 
 
 def in_time(work: Callable[[], object]) -> None:
@@ -524,38 +495,31 @@ def test_many_digests_that_are_wanted_at_once_all_come() -> None:
         threads.join()
 
 
-def test_small_pieces_are_put_together() -> None:
+def brought(pieces: Sequence[bytes]) -> list[bytes]:
+    """Bring the pieces to one stream; returns those that reach the method."""
     gate = Gate(full=1 << 40)
     gate.open.set()
-    pieces = [NOISE[at : at + 10] for at in range(0, 200_000, 10)]
 
     def bring() -> None:
         with Hasher(1, method=gate) as hasher:
             stream = hasher.stream()
             for piece in pieces:
                 stream.update(piece)
-            assert stream.digest() == hashlib.sha256(NOISE[:200_000]).digest()
+            assert stream.digest() == hashlib.sha256(b"".join(pieces)).digest()
 
     in_time(bring)
-    reached = [piece for parts, _ in gate.calls for part in parts for piece in part]
+    return [piece for parts, _ in gate.calls for part in parts for piece in part]
+
+
+def test_small_pieces_are_put_together() -> None:
+    reached = brought([NOISE[at : at + 10] for at in range(0, 200_000, 10)])
     assert b"".join(reached) == NOISE[:200_000]
     assert len(reached) <= 8
 
 
 def test_small_pieces_and_large_ones_stay_in_order() -> None:
-    gate = Gate(full=1 << 40)
-    gate.open.set()
     cuts = [0, 1, 10, 10 + PIECE, 20 + PIECE, 30 + 3 * PIECE, 31 + 3 * PIECE, 100_000, 100_001]
-    pieces = [NOISE[start:end] for start, end in itertools.pairwise(cuts)]
-
-    def bring() -> None:
-        with Hasher(1, method=gate) as hasher:
-            stream = hasher.stream()
-            for piece in pieces:
-                stream.update(piece)
-            assert stream.digest() == hashlib.sha256(NOISE[:100_001]).digest()
-
-    in_time(bring)
+    assert b"".join(brought([NOISE[start:end] for start, end in itertools.pairwise(cuts)])) == NOISE[:100_001]
 
 
 # --------------------------------------------------------------------------- failures

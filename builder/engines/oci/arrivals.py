@@ -56,7 +56,7 @@ class Arrivals:
         self._store, self._steps, self._workers = store, steps, workers
         self._hasher = Hasher(workers)
         self._stack = contextlib.ExitStack()
-        self._turns = Turns(workers + 1)
+        self._turns = Turns.on(workers)
         self._changed = threading.Condition()
         self._stopped = threading.Event()
         self._done = 0

@@ -50,7 +50,7 @@ _MAX_LINKS = 40
 """Links followed for one path: the kernel's limit."""
 _PIECE = 1 << 20
 _MOST_TOGETHER = 32
-"""Sources in one request; the least that saves nearly all forks, and fewer than a process can tell by its status."""
+"""Sources in one request: 200 took no less time, and a process can tell fewer than 255 by its status."""
 _IDENTITY = re.compile(rb"(\d+\.\d+\.\d+\S{0,20})\n([a-z]+-\d+)\n([0-9a-f]{8})\n(.*)", re.DOTALL)
 _NONSENSE = "it does not answer as it should"
 _UNUSABLE = "the Python of the base does not work"

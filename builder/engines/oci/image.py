@@ -67,7 +67,7 @@ def _layers(
     stopped = threading.Event()
     done = 0
     lock = threading.Lock()
-    turns = Turns(workers + 1)
+    turns = Turns.on(workers)
 
     def one(group: Group) -> Made:
         nonlocal done

@@ -2,7 +2,7 @@
 
 Hashing side by side wants many streams at once, more than threads that should run: on two cores eight threads would
 each get a quarter of one, and the largest layer, which is one thread's work, would be what all wait for in the end. So
-as many run as there are cores, for a moment each, and the larger a layer is the more moments it gets.
+about as many run as there are cores, for a moment each, and the larger a layer is the more moments it gets.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 LENGTH = 512 << 10
 """Bytes of a wheel that a turn lasts, 4 ms of work: what six wheels bring to be hashed meanwhile fits into memory."""
@@ -23,6 +24,11 @@ class Turns:
         self._lock = threading.Lock()
         self._active: list[Turn] = []
         self._waiting: list[Turn] = []
+
+    @classmethod
+    def on(cls, cores: int) -> Self:
+        """Let one more run than there are cores: now and then one waits for room, or for Python's lock."""
+        return cls(cores + 1)
 
     @contextmanager
     def turn(self, size: int) -> Iterator[Turn]:
